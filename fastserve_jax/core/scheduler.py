@@ -1,0 +1,265 @@
+"""The pure core: submit, cancel and expire in; plans down; results in; events up.
+
+No clock, I/O, arrays or randomness: time arrives as `now`. One object serves production and
+simulation. One plan may be made while another is in flight; they are committed in order.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from dataclasses import dataclass
+
+from ..errors import InvalidRequest, Overloaded
+from .books import Books
+from .draft import Draft
+from .policy import Policy
+from .sequence import Limits, Sequence
+from .types import (
+    DoneEvent,
+    Event,
+    Finish,
+    Phase,
+    Plan,
+    PromptEvent,
+    Request,
+    Sampled,
+    StepResult,
+    TokenEvent,
+    Work,
+)
+
+__all__ = ["Limits", "Scheduler", "Stats"]
+
+_MOST_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """The scheduler at one moment; everything after `pages_total` only ever grows."""
+
+    running: int
+    waiting: int
+    ending: int  # preempted or over, with a step still in flight
+    pages_used: int  # referenced
+    pages_cached: int  # unreferenced, kept for their prefix
+    pages_total: int
+    submitted: int = 0
+    rejected: int = 0
+    finished: int = 0  # for whatever reason
+    preemptions: int = 0
+    prefix_query_tokens: int = 0  # of admitted sequences
+    prefix_hit_tokens: int = 0  # of them, found in the cache
+    computed_tokens: int = 0  # positions run, recomputed ones included
+    output_tokens: int = 0
+    steps: int = 0
+    busy_s: float = 0.0
+
+
+class Scheduler:
+    def __init__(self, limits: Limits, policy: Policy) -> None:
+        self.limits = limits
+        self._policy = policy
+        self._books = Books(limits)
+        self._plans: deque[Plan] = deque()  # in flight, oldest first
+        self._step = 0
+        self._deadlines: list[tuple[float, int]] = []
+        self._submitted = self._rejected = self._finished = self._preemptions = 0
+        self._prefix_query_tokens = self._prefix_hit_tokens = 0
+        self._computed_tokens = self._output_tokens = 0
+        self._busy_s = 0.0
+
+    @property
+    def live(self) -> int:
+        """Requests that are not over, or still have a step in flight."""
+        return len(self._books.sequences)
+
+    # Requests in
+
+    def submit(self, request: Request, now: float) -> None:
+        """Queue `request`. Raises InvalidRequest or Overloaded, and has then changed nothing."""
+        try:
+            self._refuse(request)
+        except (InvalidRequest, Overloaded):
+            self._rejected += 1
+            raise
+        assert request.id not in self._books.sequences, f"request {request.id} is live already"
+        seq = Sequence(request, list(request.prompt))
+        self._books.enter(seq)
+        cached_tokens = len(self._books.match(seq)) * self.limits.page_size
+        self._policy.join(seq, seq.prompt_tokens - cached_tokens)
+        self._policy.wait(seq, now)
+        self._books.waiting.push(seq)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.id))
+        self._submitted += 1
+
+    def _refuse(self, request: Request) -> None:
+        limits, prompt, output = self.limits, len(request.prompt), request.sampling.max_tokens
+        if not prompt:
+            raise InvalidRequest("the prompt is empty: give at least one token", param="prompt")
+        if prompt + output > limits.max_context:
+            raise InvalidRequest(
+                f"{prompt} prompt tokens and max_tokens {output} make {prompt + output}, more than "
+                f"the context of {limits.max_context}: shorten the prompt or lower max_tokens",
+                param="max_tokens" if prompt < limits.max_context else "prompt",
+                code="context_length_exceeded",
+            )
+        pages = limits.pages_for(max(prompt, prompt + output - 1))
+        if pages > limits.num_pages:
+            raise InvalidRequest(
+                f"{prompt} prompt tokens and max_tokens {output} need {pages} KV pages and there "
+                f"are {limits.num_pages} of {limits.page_size} tokens: shorten the prompt, lower "
+                "max_tokens, or start the server with more pages",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        if len(self._books.waiting) >= limits.max_queue or self.live >= limits.max_live:
+            raise Overloaded(
+                f"{len(self._books.waiting)} requests are waiting and {self.live} are live, the "
+                f"limits are {limits.max_queue} and {limits.max_live}: try again later"
+            )
+
+    def cancel(self, request_id: int) -> list[Event]:
+        """End a request. Unknown and ended ones are ignored."""
+        seq = self._books.sequences.get(request_id)
+        if seq is None or seq.finish is not None:
+            return []
+        return [self._end(seq, Finish.CANCELLED)]
+
+    def expire(self, now: float) -> list[Event]:
+        """End every request whose deadline has been reached."""
+        events: list[Event] = []
+        while (deadline := self.next_deadline()) is not None and deadline <= now:
+            seq = self._books.sequences[heapq.heappop(self._deadlines)[1]]
+            events.append(self._end(seq, Finish.DEADLINE))
+        return events
+
+    def next_deadline(self) -> float | None:
+        """When `expire` will next have something to do."""
+        while self._deadlines:
+            deadline, request_id = self._deadlines[0]
+            seq = self._books.sequences.get(request_id)
+            if seq is not None and seq.finish is None:
+                return deadline
+            heapq.heappop(self._deadlines)
+        return None
+
+    # Steps
+
+    def plan(self, now: float) -> Plan | None:
+        """What to run next, or None when nothing can run before another commit or submit.
+
+        At most two plans may be uncommitted.
+        """
+        assert len(self._plans) < _MOST_IN_FLIGHT, "commit the oldest plan first"
+        for seq in self._policy.due(now):
+            self._books.waiting.push(seq)
+        draft = Draft(self._books, self._policy, now)
+        plan = draft.make(self._step)
+        self._preemptions += draft.preemptions
+        if plan is None:
+            return None
+        for admission in plan.admissions:
+            self._prefix_query_tokens += len(admission.tokens)
+        self._prefix_hit_tokens += draft.hit_tokens
+        self._step += 1
+        self._plans.append(plan)
+        return plan
+
+    def commit(self, plan: Plan, result: StepResult, elapsed_s: float, now: float) -> list[Event]:
+        """Book what came of the oldest plan in flight; returns what its requests must hear."""
+        assert self._plans, "no plan is in flight"
+        assert plan is self._plans[0], "plans are committed in order"
+        self._plans.popleft()
+        self._busy_s += elapsed_s
+        books = self._books
+        events: list[Event] = []
+        for work in plan.work:
+            seq = books.sequences[work.request_id]
+            seq.in_flight -= 1
+            if work.samples:
+                seq.pending -= 1
+            if seq.finish is None:
+                self._book(seq, work, result, events)
+            if seq.leaving and not seq.in_flight and books.left(seq):
+                self._policy.wait(seq, now)
+                books.waiting.push(seq)
+        return events
+
+    def _book(self, seq: Sequence, work: Work, result: StepResult, events: list[Event]) -> None:
+        assert seq.computed == work.start, f"request {seq.id}: {seq.computed} is not {work.start}"
+        end = seq.computed = work.start + work.count
+        self._computed_tokens += work.count
+        if end >= seq.next_full:
+            self._books.share_full_pages(seq)
+        if end > seq.charged:
+            self._policy.charge(seq, end - max(seq.charged, work.start))
+            seq.charged = end
+        if result.scored and seq.id in result.scored:
+            self._score(seq, result, events)
+        if work.samples:
+            self._sample(seq, result.sampled[seq.id], events)
+        elif seq.limit == seq.prompt_tokens == end:
+            events.append(self._end(seq, Finish.LENGTH))
+
+    def _score(self, seq: Sequence, result: StepResult, events: list[Event]) -> None:
+        """Pass on what has not been told; a preempted prompt is scored again."""
+        scored = tuple(s for s in result.scored[seq.id] if s.position >= seq.next_scored)
+        if scored:
+            assert scored[0].position == seq.next_scored, f"request {seq.id}: a score is missing"
+            seq.next_scored = scored[-1].position + 1
+            events.append(PromptEvent(seq.id, scored))
+
+    def _sample(self, seq: Sequence, sampled: Sampled, events: list[Event]) -> None:
+        token = sampled.token
+        if token is None:
+            events.append(self._end(seq, Finish.ERROR))
+            return
+        seq.tokens.append(token)
+        self._output_tokens += 1
+        events.append(TokenEvent(seq.id, token, sampled.logprob, sampled.top))
+        if token in seq.stop_ids:
+            events.append(self._end(seq, Finish.STOP))
+        elif len(seq.tokens) == seq.limit:
+            events.append(self._end(seq, Finish.LENGTH))
+
+    def _end(self, seq: Sequence, reason: Finish) -> DoneEvent:
+        self._finished += 1
+        self._books.end(seq, reason)
+        return DoneEvent(seq.id, reason, seq.output_tokens, max(seq.cached_tokens, 0))
+
+    # Looking in
+
+    def stats(self) -> Stats:
+        books = self._books
+        return Stats(
+            running=len(books.running),
+            waiting=len(books.waiting),
+            ending=len(books.leaving),
+            pages_used=self.limits.num_pages - books.index.available,
+            pages_cached=books.index.idle,
+            pages_total=self.limits.num_pages,
+            submitted=self._submitted,
+            rejected=self._rejected,
+            finished=self._finished,
+            preemptions=self._preemptions,
+            prefix_query_tokens=self._prefix_query_tokens,
+            prefix_hit_tokens=self._prefix_hit_tokens,
+            computed_tokens=self._computed_tokens,
+            output_tokens=self._output_tokens,
+            steps=self._step,
+            busy_s=self._busy_s,
+        )
+
+    def check(self) -> None:
+        """Raise AssertionError when the books do not balance. Reads everything: for tests."""
+        self._books.check()
+        in_flight: dict[int, int] = {}
+        for plan in self._plans:
+            for work in plan.work:
+                in_flight[work.request_id] = in_flight.get(work.request_id, 0) + 1
+        for seq in self._books.sequences.values():
+            assert seq.in_flight == in_flight.pop(seq.id, 0), f"request {seq.id}: in flight"
+            assert seq.phase is not Phase.DONE, f"request {seq.id} is done and still here"
+        assert not in_flight, "somebody in flight has been forgotten"

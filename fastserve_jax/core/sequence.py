@@ -1,0 +1,117 @@
+"""The scheduler's record of one request, and the limits that bound all of them.
+
+Knows positions, pages and phases as numbers; decides nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+
+from ..errors import ConfigError
+from .types import LEGAL_MOVES, Finish, Phase, Request
+
+Rank = tuple[int, int, int]  # (level, priority, turn): smaller goes first; turns are unique
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds the scheduler. Raises ConfigError when no request could be served."""
+
+    page_size: int = 16  # tokens
+    num_pages: int = 1024
+    max_slots: int = 64  # sequences on the device, hence rows of a step
+    step_tokens: int = 512  # run in one step, decodes and prompt chunks together
+    max_context: int = 4096  # tokens of prompt and output of one request
+    max_queue: int = 1024  # requests waiting for a slot
+    max_live: int = 2048  # requests waiting, running or ending
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            if getattr(self, limit.name) < 1:
+                raise ConfigError(f"{limit.name} must be at least 1", param=limit.name)
+        if self.step_tokens < self.max_slots:
+            raise ConfigError(
+                f"step_tokens ({self.step_tokens}) is below max_slots ({self.max_slots}): "
+                "every running sequence needs room for one token in a step",
+                param="step_tokens",
+            )
+
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request on its way. Positions below `computed` are in memory; those up to `planned`
+    are being written by steps in flight; `pending` sampled tokens are known to the device only.
+    """
+
+    request: Request
+    tokens: list[int]  # prompt and known output
+    phase: Phase = Phase.WAITING
+    rank: Rank = (0, 0, 0)
+    finish: Finish | None = None
+    slot: int = -1
+    pages: list[int] = field(default_factory=list)
+    sent_pages: int = 0  # of them, known to the device
+    planned: int = 0
+    computed: int = 0
+    pending: int = 0
+    in_flight: int = 0  # uncommitted plans with work of this sequence
+    leaving: bool = False  # preempted or ended: gives slot and pages back when nothing is in flight
+    chain: list[bytes] = field(default_factory=list)  # digests of its full pages
+    indexed_pages: int = 0  # of `pages`, offered for sharing or shared
+    next_full: int = 0  # computed positions at which one more page can be shared
+    cached_tokens: int = -1  # prompt tokens found in the prefix cache; -1 until first admitted
+    next_scored: int = 1  # first prompt position whose log-probability is still owed
+    charged: int = 0  # positions the policy has been told of; recomputing is not charged
+    level: int = 0
+    served_s: float = 0.0  # since it entered its level
+    waiting_since: float = 0.0
+    # derived once, read for every token
+    id: int = field(init=False)
+    prompt_tokens: int = field(init=False)
+    limit: int = field(init=False)  # tokens of prompt and longest output
+    target: int = field(init=False)  # positions that are ever run: the last token never is
+    stop_ids: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.id = self.request.id
+        self.prompt_tokens = len(self.request.prompt)
+        self.limit = self.prompt_tokens + self.request.sampling.max_tokens
+        self.target = max(self.prompt_tokens, self.limit - 1)
+        self.stop_ids = self.request.sampling.stop_ids
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def left(self) -> int:
+        """Positions that could be planned now."""
+        return min(len(self.tokens) + self.pending, self.target) - self.planned
+
+    @property
+    def entry_tokens(self) -> int:
+        """Positions that must have pages before it is worth admitting."""
+        return min(len(self.tokens) + 1, self.target)
+
+    @property
+    def shareable_tokens(self) -> int:
+        """How many leading tokens may come from the prefix cache.
+
+        The last known token is always run, for its logits; so is every prompt token that a
+        log-probability is still owed for.
+        """
+        scores = self.request.sampling.prompt_logprobs is not None
+        if scores and self.next_scored < self.prompt_tokens:
+            return self.next_scored - 1
+        return len(self.tokens) - 1
+
+    def move(self, phase: Phase) -> None:
+        assert phase in LEGAL_MOVES[self.phase], f"{self.id}: {self.phase} to {phase}"
+        self.phase = phase
+
+
+by_rank = attrgetter("rank")

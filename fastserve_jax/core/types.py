@@ -1,0 +1,174 @@
+"""The words every floor shares: requests in, plans down, results and events up.
+
+Stdlib only. Times are seconds on the caller's clock; tokens, pages and slots are ints.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+MAX_TOP_LOGPROBS = 20  # alternatives reported per position, OpenAI's bound
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one request's tokens are drawn. Checked where it is parsed, not here."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0  # uint32; a token's key is fold_in(seed, position)
+    repetition_penalty: float = 1.0  # over prompt and output
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0  # stop_ids are forbidden before that many
+    stop_ids: frozenset[int] = frozenset()  # ends the request; the caller adds the model's EOS
+    logprobs: int | None = None  # alternatives per output token; None: no logprobs at all
+    prompt_logprobs: int | None = None  # the same for prompt tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a client asked, as the scheduler sees it."""
+
+    id: int  # unique while the engine lives
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    priority: int = 0  # lower goes first, within what the policy grants
+    deadline: float | None = None  # on the engine's clock; reaching it ends the request
+    cache_salt: str = ""  # prefixes are shared only between equal salts
+
+
+class Phase(enum.Enum):
+    WAITING = "waiting"  # owns no slot and no pages
+    RUNNING = "running"  # owns a slot and pages on the device
+    ENDING = "ending"  # finished or cancelled, with a step still in flight
+    DONE = "done"
+
+
+LEGAL_MOVES: Mapping[Phase, frozenset[Phase]] = {
+    Phase.WAITING: frozenset({Phase.RUNNING, Phase.DONE, Phase.ENDING}),
+    Phase.RUNNING: frozenset({Phase.WAITING, Phase.ENDING, Phase.DONE}),
+    Phase.ENDING: frozenset({Phase.DONE}),
+    Phase.DONE: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A sequence takes a slot: the device learns its tokens and how it is sampled."""
+
+    request_id: int
+    slot: int
+    tokens: tuple[int, ...]  # prompt, and after a preemption what it had already produced
+    prompt_tokens: int  # how many of them are the prompt
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Run `count` tokens of one sequence from position `start`.
+
+    The tokens themselves are on the device already: the admission brought the known ones, and
+    every sampled token was written behind them. `pages` are the slot's new pages, to stand at
+    `first_page` and after in its page table; earlier entries are unchanged.
+    """
+
+    request_id: int
+    slot: int
+    start: int
+    count: int
+    first_page: int
+    pages: tuple[int, ...]
+    samples: bool  # the last of these tokens is followed by a new one
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """Copy pages between device and host before the step's compute."""
+
+    request_id: int
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything the device must do for one step, in order: swaps, admissions, work."""
+
+    step: int
+    admissions: tuple[Admission, ...]
+    work: tuple[Work, ...]  # single-token rows first
+    swap_out: tuple[Swap, ...] = ()
+    swap_in: tuple[Swap, ...] = ()
+
+
+TopLogprobs = tuple[tuple[int, float], ...]  # (token, logprob), best first
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One drawn token. `token` is None when the logits were not finite."""
+
+    token: int | None
+    logprob: float | None = None
+    top: TopLogprobs = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Log-probability of one given prompt token, at `position` of the prompt."""
+
+    position: int
+    logprob: float
+    top: TopLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came of a plan, by request id."""
+
+    sampled: Mapping[int, Sampled]
+    scored: Mapping[int, tuple[Scored, ...]] = field(default_factory=dict)
+
+
+class Finish(enum.Enum):
+    STOP = "stop"  # a stop id was drawn
+    LENGTH = "length"  # max_tokens
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"  # the model's numbers were not finite
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEvent:
+    """Log-probabilities for a stretch of the prompt; the first token has none."""
+
+    request_id: int
+    scored: tuple[Scored, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """A stop id that ends the request is reported too, before its DoneEvent."""
+
+    request_id: int
+    token: int
+    logprob: float | None = None
+    top: TopLogprobs = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DoneEvent:
+    request_id: int
+    reason: Finish
+    output_tokens: int
+    cached_tokens: int = 0  # prompt tokens that the prefix cache gave
+
+
+Event = PromptEvent | TokenEvent | DoneEvent

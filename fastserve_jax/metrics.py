@@ -1,0 +1,241 @@
+"""What operators watch, in Prometheus' words. A registry of its own, read when it is scraped.
+
+Updates are plain additions on the event loop; the engine and the runner are asked for their
+numbers at the scrape. Knows neither of them, nor HTTP.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from fastserve_jax.core.scheduler import Stats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SECONDS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0),
+)
+TOKENS = tuple(float(2**i) for i in range(18))
+
+HISTOGRAMS: Mapping[str, tuple[tuple[float, ...], str]] = {
+    "time_to_first_token_seconds": (SECONDS, "From a request's arrival to its first token."),
+    "inter_token_latency_seconds": (SECONDS, "Between two tokens of one request."),
+    "request_time_per_output_token_seconds": (SECONDS, "A request's mean time between tokens."),
+    "e2e_request_latency_seconds": (SECONDS, "From a request's arrival to its end."),
+    "request_decode_time_seconds": (SECONDS, "From a request's first token to its last."),
+    "request_prompt_tokens": (TOKENS, "Prompt tokens of a finished request."),
+    "request_generation_tokens": (TOKENS, "Output tokens of a finished request."),
+    "iteration_tokens_total": (TOKENS, "Positions run in one step."),
+    "device_step_seconds": (SECONDS, "Time of one step."),
+    "websocket_connection_duration_seconds": (SECONDS, "Life of a WebSocket connection."),
+}
+
+
+class StepRecord(Protocol):
+    """What the engine says of a committed step."""
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def elapsed_s(self) -> float: ...
+
+
+class Histogram:
+    """Counts per bucket. Not for several threads, which is why it is cheap."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def buckets(self) -> tuple[list[tuple[str, float]], float]:
+        """Cumulative counts by upper bound, and the sum of all values."""
+        below, pairs = 0, []
+        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
+            below += count
+            pairs.append(("+Inf" if bound == float("inf") else repr(bound), float(below)))
+        return pairs, self._sum
+
+
+class RequestMeter:
+    """Times one engine request. `done` or, failing that, `close` ends it."""
+
+    __slots__ = ("_first", "_last", "_metrics", "_open", "_prompt_tokens", "_start", "_token_gap")
+
+    def __init__(self, metrics: Metrics, prompt_tokens: int) -> None:
+        self._metrics = metrics
+        self._prompt_tokens = prompt_tokens
+        self._start = time.perf_counter()
+        self._first = self._last = 0.0
+        self._token_gap = metrics.histograms["inter_token_latency_seconds"].observe
+        self._open = True
+
+    def token(self) -> None:
+        now = time.perf_counter()
+        if self._last:
+            self._token_gap(now - self._last)
+        else:
+            self._first = now
+            self._metrics.histograms["time_to_first_token_seconds"].observe(now - self._start)
+        self._last = now
+        self._metrics.generation_tokens += 1
+
+    def done(self, reason: str, output_tokens: int) -> None:
+        """`reason` is stop, length, deadline or error."""
+        if not self._open:
+            return
+        self._open = False
+        observe = self._metrics.histograms
+        observe["e2e_request_latency_seconds"].observe(time.perf_counter() - self._start)
+        observe["request_prompt_tokens"].observe(self._prompt_tokens)
+        observe["request_generation_tokens"].observe(output_tokens)
+        decode_s = self._last - self._first
+        observe["request_decode_time_seconds"].observe(decode_s)
+        if output_tokens > 1:
+            mean_s = decode_s / (output_tokens - 1)
+            observe["request_time_per_output_token_seconds"].observe(mean_s)
+        self._metrics.finished[reason] += 1
+        self._metrics.prompt_tokens += self._prompt_tokens
+
+    def close(self) -> None:
+        """Left before its end: the client went away or a sibling failed."""
+        if self._open:
+            self._open = False
+            self._metrics.finished["abort"] += 1
+
+
+class Metrics(Collector):
+    """Everything under the prefix `fastserve:` with the label model_name."""
+
+    def __init__(self, model_name: str) -> None:
+        self.model_name = model_name
+        self.histograms = {name: Histogram(bounds) for name, (bounds, _) in HISTOGRAMS.items()}
+        self.finished: Counter[str] = Counter()
+        self.rejected: Counter[str] = Counter()
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self.sockets_open = 0
+        self.sockets_total = 0
+        self.slow_readers: Callable[[], int] = int
+        self._stats: Callable[[], Stats] | None = None
+        self._page_size = 0
+        self._sources: list[Callable[[], Mapping[str, float]]] = []
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+
+    def request(self, prompt_tokens: int) -> RequestMeter:
+        return RequestMeter(self, prompt_tokens)
+
+    def step(self, record: StepRecord) -> None:
+        """For the engine's on_step."""
+        self.histograms["iteration_tokens_total"].observe(record.tokens)
+        self.histograms["device_step_seconds"].observe(record.elapsed_s)
+
+    def watch_engine(self, stats: Callable[[], Stats], page_size: int) -> None:
+        """Ask `stats` at every scrape. `page_size` in tokens."""
+        self._stats = stats
+        self._page_size = page_size
+
+    def observe(self, source: Callable[[], Mapping[str, float]]) -> None:
+        """Export what `source` gives at every scrape; names that end in _total are counters."""
+        self._sources.append(source)
+
+    @contextmanager
+    def socket(self) -> Iterator[None]:
+        """One WebSocket connection, while it is open."""
+        start = time.perf_counter()
+        self.sockets_open += 1
+        self.sockets_total += 1
+        try:
+            yield
+        finally:
+            self.sockets_open -= 1
+            life_s = time.perf_counter() - start
+            self.histograms["websocket_connection_duration_seconds"].observe(life_s)
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def describe(self) -> list[Metric]:
+        return []  # registering must not ask the sources
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._requests()
+        if self._stats is not None:
+            yield from self._engine(self._stats())
+        for source in self._sources:
+            for name, value in source().items():
+                yield self._family(name, name.replace("_", " "), value)
+
+    def _requests(self) -> Iterator[Metric]:
+        yield self._family("prompt_tokens_total", "Prompt tokens processed.", self.prompt_tokens)
+        yield self._family("generation_tokens_total", "Tokens produced.", self.generation_tokens)
+        yield self._by("request_success", "Requests ended.", "finished_reason", self.finished)
+        yield self._by("admission_rejections", "Requests refused.", "reason", self.rejected)
+        yield self._family("websocket_connections_active", "Now open.", self.sockets_open)
+        yield self._family("websocket_connections_total", "Ever opened.", self.sockets_total)
+        yield self._family(
+            "slow_readers_dropped_total", "Connections that did not read.", self.slow_readers()
+        )
+        for name, (_, text) in HISTOGRAMS.items():
+            histogram = HistogramMetricFamily(f"fastserve:{name}", text, labels=["model_name"])
+            buckets, total = self.histograms[name].buckets()
+            histogram.add_metric([self.model_name], buckets, total)
+            yield histogram
+
+    def _engine(self, stats: Stats) -> Iterator[Metric]:
+        used = stats.pages_used / stats.pages_total if stats.pages_total else 0.0
+        for name, text, value in (
+            ("num_requests_running", "Requests that own a slot.", stats.running),
+            ("num_requests_waiting", "Requests in the queue.", stats.waiting),
+            ("kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", used),
+            ("num_preemptions_total", "Sequences put back in the queue.", stats.preemptions),
+            ("prefix_cache_queries_total", "Prompt tokens looked up.", stats.prefix_query_tokens),
+            ("prefix_cache_hits_total", "Prompt tokens found.", stats.prefix_hit_tokens),
+            ("computed_tokens_total", "Positions run, repeats included.", stats.computed_tokens),
+            ("engine_steps_total", "Steps committed.", stats.steps),
+        ):
+            yield self._family(name, text, value)
+        info = GaugeMetricFamily(
+            "fastserve:cache_config_info",
+            "Size of the KV cache.",
+            labels=["model_name", "block_size", "num_gpu_blocks"],
+        )
+        info.add_metric([self.model_name, str(self._page_size), str(stats.pages_total)], 1)
+        yield info
+
+    def _family(self, name: str, text: str, value: float) -> Metric:
+        family: CounterMetricFamily | GaugeMetricFamily
+        if name.endswith("_total"):
+            family = CounterMetricFamily(f"fastserve:{name}", text, labels=["model_name"])
+        else:
+            family = GaugeMetricFamily(f"fastserve:{name}", text, labels=["model_name"])
+        family.add_metric([self.model_name], value)
+        return family
+
+    def _by(self, name: str, text: str, label: str, counts: Mapping[str, int]) -> Metric:
+        family = CounterMetricFamily(f"fastserve:{name}", text, labels=["model_name", label])
+        for key, count in counts.items():
+            family.add_metric([self.model_name, key], count)
+        return family

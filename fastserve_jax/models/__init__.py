@@ -1,0 +1,1 @@
+"""Flax (nnx) modules: one configurable decoder for every family. Never imports core."""

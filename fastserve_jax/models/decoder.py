@@ -1,0 +1,230 @@
+"""One decoder for every family: what differs is in ModelConfig. Knows pages as arrays only.
+
+`Batch` names each row's place; the tokens of all rows lie ragged behind each other, rows with a
+single token first. The KV cache comes in and goes out as a list with one array per layer, so that
+a caller who donates it has it updated in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from pallas_kernels import KVLayout, ragged_paged_attention, write_kv
+
+from .config import ModelConfig
+from .layers import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    Rotation,
+    activate,
+    rope_frequencies,
+    rotate,
+    rotation,
+)
+
+type Array = jax.Array | np.ndarray
+type State = nnx.State[Any, Any]  # parameters by path
+
+
+class Batch(NamedTuple):
+    """One step's rows, all int32; see pallas_kernels.ragged_paged_attention for the last four."""
+
+    slots: Array  # [rows] where each row's tokens are kept
+    kv_lens: Array  # [rows] with this step's tokens
+    page_table: Array  # [rows, pages_per_row]
+    cu_q_lens: Array  # [rows + 1]
+    distribution: Array  # [2]
+
+
+class Place(NamedTuple):
+    """Where each token of the step stands; derived once, used by every layer."""
+
+    rows: jax.Array  # [tokens]
+    positions: jax.Array  # [tokens]
+    pages: jax.Array  # [tokens]; out of range for padding, which write_kv drops
+    offsets: jax.Array  # [tokens]
+
+
+def place(batch: Batch, tokens: int, layout: KVLayout) -> Place:
+    at = jnp.arange(tokens, dtype=jnp.int32)
+    cu_q_lens, kv_lens = jnp.asarray(batch.cu_q_lens), jnp.asarray(batch.kv_lens)
+    rows = jnp.searchsorted(cu_q_lens[1:], at, side="right").astype(jnp.int32)
+    real = rows < jnp.asarray(batch.distribution)[1]
+    rows = jnp.where(real, rows, 0)
+    positions = jnp.where(real, kv_lens[rows] - cu_q_lens[rows + 1] + at, 0)
+    pages = jnp.asarray(batch.page_table)[rows, positions // layout.page_size]
+    pages = jnp.where(real, pages, layout.num_pages)
+    return Place(rows, positions, pages, positions % layout.page_size)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, window: int, dtype: DTypeLike) -> None:
+        heads, dim = config.num_heads + 2 * config.num_kv_heads, config.head_dim
+        self.qkv = Linear(heads * dim, config.hidden_size, dtype, config.qkv_bias)
+        self.out = Linear(config.hidden_size, config.num_heads * dim, dtype, config.linear_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(dim, config.norm_eps, dtype)
+            self.k_norm = RMSNorm(dim, config.norm_eps, dtype)
+        self.config, self.window, self.dtype = config, window, dtype
+
+    def __call__(
+        self, x: jax.Array, kv_pages: jax.Array, batch: Batch, at: Place, turn: Rotation | None
+    ) -> tuple[jax.Array, jax.Array]:
+        config, dim = self.config, self.config.head_dim
+        heads = self.qkv(x).reshape(x.shape[0], -1, dim)
+        q, k, v = jnp.split(
+            heads, [config.num_heads, config.num_heads + config.num_kv_heads], axis=1
+        )
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
+        kv_pages = write_kv(kv_pages, k, v, at.pages, at.offsets)
+        scale = config.attention_scale
+        mixed = ragged_paged_attention(
+            q.astype(self.dtype),
+            kv_pages,
+            *map(jnp.asarray, batch[1:]),
+            scale=dim**-0.5 if scale is None else scale,
+            window=self.window,
+        )
+        return self.out(mixed.reshape(x.shape[0], -1)), kv_pages
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: ModelConfig, dtype: DTypeLike) -> None:
+        inner, size, bias = config.intermediate_size, config.hidden_size, config.linear_bias
+        if config.gated_mlp:
+            self.gate_up = Linear(2 * inner, size, dtype, bias)
+        else:
+            self.up = Linear(inner, size, dtype, bias)
+        self.down = Linear(size, inner, dtype, bias)
+        self.activation, self.gated = config.activation, config.gated_mlp
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if not self.gated:
+            return self.down(activate(self.activation, self.up(x)))
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.down(activate(self.activation, gate) * up)
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: ModelConfig, window: int, dtype: DTypeLike) -> None:
+        norm = LayerNorm if config.layer_norm else RMSNorm
+        size, eps = config.hidden_size, config.norm_eps
+        self.attn_norm, self.mlp_norm = norm(size, eps, dtype), norm(size, eps, dtype)
+        self.attn, self.mlp = Attention(config, window, dtype), MLP(config, dtype)
+        self.sandwich = config.sandwich_norms
+        if self.sandwich:
+            self.post_attn_norm, self.post_mlp_norm = (
+                norm(size, eps, dtype),
+                norm(size, eps, dtype),
+            )
+
+    def __call__(
+        self, x: jax.Array, kv_pages: jax.Array, batch: Batch, at: Place, turn: Rotation | None
+    ) -> tuple[jax.Array, jax.Array]:
+        y, kv_pages = self.attn(self.attn_norm(x), kv_pages, batch, at, turn)
+        x = x + (self.post_attn_norm(y) if self.sandwich else y)
+        y = self.mlp(self.mlp_norm(x))
+        return x + (self.post_mlp_norm(y) if self.sandwich else y), kv_pages
+
+
+class Decoder(nnx.Module):
+    """Tokens and pages in, hidden states and pages out; the head is apart, for chosen rows."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike) -> None:
+        size = config.hidden_size
+        self.embed = Embedding(config.vocab_size, size, dtype)
+        if config.learned_positions:
+            self.positions = Embedding(config.max_context, size, dtype)
+        self.layers = nnx.List(
+            [Layer(config, config.window(i), dtype) for i in range(config.num_layers)]
+        )
+        norm = LayerNorm if config.layer_norm else RMSNorm
+        self.final_norm = norm(size, config.norm_eps, dtype)
+        if not config.tied_head:
+            self.head = Embedding(config.vocab_size, size, dtype)
+        self.config, self.dtype = config, dtype
+
+    def __call__(
+        self, tokens: jax.Array, kv_pages: list[jax.Array], batch: Batch, at: Place
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """tokens [n] int32 -> hidden [n, hidden_size] in the model's dtype, normed for the head."""
+        x = self.embed(tokens) * self.config.embedding_scale
+        if self.config.learned_positions:
+            x = x + self.positions(at.positions)
+        turns, written = rotations(self.config, at.positions), []
+        for i, (layer, pages) in enumerate(zip(self.layers, kv_pages, strict=True)):
+            graph, state = nnx.split(layer)
+            turn = turns[self.config.window(i) > 0]
+            x, pages = _run_layer(graph, state, x, pages, batch, at, turn)
+            written.append(pages)
+        return self.final_norm(x).astype(self.dtype), written
+
+
+def rotations(config: ModelConfig, positions: jax.Array) -> tuple[Rotation | None, Rotation | None]:
+    """Of global layers, and of those with a window."""
+    if config.learned_positions:
+        return None, None
+    whole = rope_frequencies(config.head_dim, config.rope_base, config.rope_scaling)
+    turn = rotation(positions, whole)
+    if config.local_rope_base is None:
+        return turn, turn
+    local = rope_frequencies(config.head_dim, config.local_rope_base, None)
+    return turn, rotation(positions, local)
+
+
+def _run(
+    graph: nnx.GraphDef[Layer],
+    state: State,
+    x: jax.Array,
+    kv_pages: jax.Array,
+    batch: Batch,
+    at: Place,
+    turn: Rotation | None,
+) -> tuple[jax.Array, jax.Array]:
+    return nnx.merge(graph, state)(x, kv_pages, batch, at, turn)
+
+
+# Layers of one kind are traced and lowered once, not once each: start-up counts.
+_run_layer = jax.jit(_run, static_argnums=0)
+
+
+def abstract(config: ModelConfig, dtype: DTypeLike) -> tuple[nnx.GraphDef[Decoder], State]:
+    """The decoder's graph and its parameters as ShapeDtypeStructs; nothing is allocated."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype)))
+    return graph, state
+
+
+def parameters(state: State) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every parameter by its dotted name, as weight files are matched to it."""
+    return {
+        ".".join(map(str, path)): variable.get_value()
+        for path, variable in nnx.to_flat_state(state)
+    }
+
+
+def fill(state: State, arrays: Mapping[str, jax.Array]) -> State:
+    """The same state with its arrays; names as `parameters` gives them."""
+    flat = [
+        (path, variable.replace(arrays[".".join(map(str, path))]))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.from_flat_state(flat)
+
+
+def head_weight(config: ModelConfig, state: State) -> jax.Array:
+    """[vocab_size, hidden_size]; `layers.project` of hidden states with it gives logits."""
+    embedding: Any = state["embed" if config.tied_head else "head"]
+    weight: jax.Array = embedding["weight"].get_value()
+    return weight

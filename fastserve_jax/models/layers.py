@@ -1,0 +1,106 @@
+"""The parts of a decoder: linear maps, norms, rotary embedding. Arrays in, arrays out; no pages.
+
+Weights live in the model's dtype; sums, norms and activations are float32, cast where a matrix
+product begins. A linear weight is [out, in]: both operands are contracted along their last axis.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from .config import RopeScaling
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b, [..., in] -> [..., out] float32."""
+
+    def __init__(self, out: int, size: int, dtype: DTypeLike, bias: bool = False) -> None:
+        self.weight = nnx.Param(jnp.zeros((out, size), dtype))
+        self.bias = nnx.Param(jnp.zeros((out,), dtype)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = project(x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+
+
+def project(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., in] times weight [out, in] -> [..., out], summed in float32."""
+    axes = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(
+        x.astype(weight.dtype), weight, axes, preferred_element_type=jnp.float32
+    )
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, size: int, eps: float, dtype: DTypeLike) -> None:
+        self.weight = nnx.Param(jnp.ones((size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return x * self.weight[...].astype(jnp.float32)
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, size: int, eps: float, dtype: DTypeLike) -> None:
+        self.weight = nnx.Param(jnp.ones((size,), dtype))
+        self.bias = nnx.Param(jnp.zeros((size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return x * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+
+
+class Embedding(nnx.Module):
+    def __init__(self, count: int, size: int, dtype: DTypeLike) -> None:
+        self.weight = nnx.Param(jnp.zeros((count, size), dtype))
+
+    def __call__(self, index: jax.Array) -> jax.Array:
+        return self.weight[...][index].astype(jnp.float32)
+
+
+def activate(kind: str, x: jax.Array) -> jax.Array:
+    return jax.nn.silu(x) if kind == "silu" else jax.nn.gelu(x, approximate=True)
+
+
+def rope_frequencies(head_dim: int, base: float, scaling: RopeScaling | None) -> jax.Array:
+    """[head_dim / 2] float32 radians per position (Su et al., RoFormer, section 3.2.2)."""
+    frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    assert scaling.kind == "llama3", scaling.kind
+    turns = scaling.original_context * frequencies / (2 * math.pi)
+    blend = (turns - scaling.low) / (scaling.high - scaling.low)
+    blend = jnp.clip(blend, 0.0, 1.0)  # 0: turns too slowly, stretch it; 1: leave it
+    return frequencies * (blend + (1 - blend) / scaling.factor)
+
+
+class Rotation(NamedTuple):
+    """Of each token's position; every layer with the same base shares one. [tokens, 1, dim / 2]"""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotation(positions: jax.Array, frequencies: jax.Array) -> Rotation:
+    angles = positions.astype(jnp.float32)[:, None, None] * frequencies
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: jax.Array, by: Rotation) -> jax.Array:
+    """Rotate-half. x [tokens, heads, head_dim] float32 -> the same."""
+    left, right = jnp.split(x, 2, axis=-1)
+    turned = [left * by.cos - right * by.sin, right * by.cos + left * by.sin]
+    return jnp.concatenate(turned, axis=-1)

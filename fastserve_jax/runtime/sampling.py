@@ -1,0 +1,280 @@
+"""Drawing tokens on the device, each row by its own rules. Knows rows and slots, not requests.
+
+Everything a row needs lies in `SlotState`, written once when a sequence takes its slot, so a step
+sends no sampling arrays. A token's key is fold_in(seed, position): a seeded sample never depends
+on its neighbours. Rare work (penalties, logprobs, exact cuts deep in the vocabulary) stands behind
+`lax.cond` and costs nothing while no row asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fastserve_jax.core.types import MAX_TOP_LOGPROBS, Admission
+
+MAX_BIASES = 320  # 300 of logit_bias, 20 stop ids held back by min_tokens
+CANDIDATES = 64  # a top_k or top_p cut within so many is found without a search
+_BLOCK = 512  # tokens per block of the two-level draw
+
+
+class SlotState(NamedTuple):
+    """What the device keeps per slot. `history` holds every token, given or drawn, by position."""
+
+    history: jax.Array  # [slots, max_context] int32
+    temperature: jax.Array  # [slots] float32, and so on
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition: jax.Array
+    presence: jax.Array
+    frequency: jax.Array
+    top_k: jax.Array  # [slots] int32
+    seed: jax.Array  # [slots] uint32
+    prompt_tokens: jax.Array  # [slots] int32
+    logprobs: jax.Array  # [slots] bool
+    bias_ids: jax.Array  # [slots, MAX_BIASES] int32; vocab_size where unused
+    bias_values: jax.Array  # [slots, MAX_BIASES] float32
+    bias_until: jax.Array  # [slots, MAX_BIASES] int32: position from which the bias is off
+
+
+class Drawn(NamedTuple):
+    """tokens [rows] int32, -1 where the logits were not finite; the rest only where asked for."""
+
+    tokens: jax.Array
+    logprobs: jax.Array  # [rows] float32, of the token
+    top_ids: jax.Array  # [rows, MAX_TOP_LOGPROBS] int32
+    top_logprobs: jax.Array  # [rows, MAX_TOP_LOGPROBS] float32
+
+
+def empty_state(slots: int, max_context: int, vocab_size: int) -> SlotState:
+    floats, ints = np.zeros(slots, np.float32), np.zeros(slots, np.int32)
+    return SlotState(
+        history=jnp.zeros((slots, max_context), jnp.int32),
+        temperature=jnp.array(floats),
+        top_p=jnp.array(floats + 1),
+        min_p=jnp.array(floats),
+        repetition=jnp.array(floats + 1),
+        presence=jnp.array(floats),
+        frequency=jnp.array(floats),
+        top_k=jnp.array(ints),
+        seed=jnp.array(ints.astype(np.uint32)),
+        prompt_tokens=jnp.array(ints),
+        logprobs=jnp.array(ints.astype(np.bool_)),
+        bias_ids=jnp.full((slots, MAX_BIASES), vocab_size, jnp.int32),
+        bias_values=jnp.zeros((slots, MAX_BIASES), jnp.float32),
+        bias_until=jnp.zeros((slots, MAX_BIASES), jnp.int32),
+    )
+
+
+type SlotRow = tuple[np.ndarray | np.generic, ...]  # one slot of each SlotState array, in order
+
+
+def slot_row(admission: Admission, max_context: int, vocab_size: int) -> SlotRow:
+    sampling = admission.sampling
+    history = np.zeros(max_context, np.int32)
+    history[: len(admission.tokens)] = admission.tokens
+    ids = np.full(MAX_BIASES, vocab_size, np.int32)
+    values, until = np.zeros(MAX_BIASES, np.float32), np.zeros(MAX_BIASES, np.int32)
+    biases = [(token, value, max_context) for token, value in sampling.logit_bias]
+    if sampling.min_tokens:
+        free_from = admission.prompt_tokens + sampling.min_tokens
+        biases += [(token, -np.inf, free_from) for token in sorted(sampling.stop_ids)]
+    assert len(biases) <= MAX_BIASES, "the wire layer bounds logit_bias and stop ids"
+    for i, bias in enumerate(biases):
+        ids[i], values[i], until[i] = bias
+    row: dict[str, np.ndarray | np.generic] = {
+        "history": history,
+        "temperature": np.float32(sampling.temperature),
+        "top_p": np.float32(sampling.top_p),
+        "min_p": np.float32(sampling.min_p),
+        "repetition": np.float32(sampling.repetition_penalty),
+        "presence": np.float32(sampling.presence_penalty),
+        "frequency": np.float32(sampling.frequency_penalty),
+        "top_k": np.int32(sampling.top_k),
+        "seed": np.uint32(sampling.seed),
+        "prompt_tokens": np.int32(admission.prompt_tokens),
+        "logprobs": np.bool_(sampling.logprobs is not None),
+        "bias_ids": ids,
+        "bias_values": values,
+        "bias_until": until,
+    }
+    return tuple(row[name] for name in SlotState._fields)
+
+
+def admit(state: SlotState, slot: jax.Array, row: tuple[jax.Array, ...]) -> SlotState:
+    return SlotState(*(whole.at[slot].set(part) for whole, part in zip(state, row, strict=True)))
+
+
+def draw(logits: jax.Array, state: SlotState, slots: jax.Array, positions: jax.Array) -> Drawn:
+    """One token per row for `positions` [rows] (where it will stand), from logits [rows, vocab].
+
+    `slots` [rows]; a slot out of range is padding: drawn greedily, and never used.
+    """
+    real = slots < state.seed.shape[0]
+    rest = (array.at[slots].get(mode="fill", fill_value=0) for array in state[1:])
+    own = SlotState(state.history, *rest)
+    finite = jnp.isfinite(jnp.max(logits, axis=-1))
+    biased = (own.bias_ids < logits.shape[-1]) & (own.bias_until > positions[:, None])
+    penalised = (own.repetition != 1) | (own.presence != 0) | (own.frequency != 0)
+    penalised &= real
+    shaped = lax.cond(jnp.any(biased), _bias, lambda x, *_: x, logits, own, biased)
+    shaped = lax.cond(jnp.any(penalised), _penalise, lambda x, *_: x, shaped, own, slots, positions)
+    best = jnp.max(shaped, axis=-1, keepdims=True)
+    index = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    greedy = jnp.min(jnp.where(shaped == best, index, logits.shape[-1] - 1), axis=-1)
+    is_drawn = own.temperature > 0
+    sampled = lax.cond(jnp.any(is_drawn), _sample, lambda *_: greedy, shaped, own, positions)
+    tokens = jnp.where(is_drawn, sampled, greedy)
+    scored = lax.cond(jnp.any(own.logprobs), score, _unscored, logits, tokens)
+    return Drawn(jnp.where(finite, tokens, -1), *scored)
+
+
+def score(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities of `tokens` [rows] and of each row's best, from the model's own logits."""
+    total = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    count = min(MAX_TOP_LOGPROBS, logits.shape[-1])
+    top, ids = lax.top_k(logits, count)
+    spare = ((0, 0), (0, MAX_TOP_LOGPROBS - count))
+    return (
+        chosen - total,
+        jnp.pad(ids, spare, constant_values=-1),
+        jnp.pad(top - total[:, None], spare, constant_values=-jnp.inf),
+    )
+
+
+def _unscored(logits: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    rows = logits.shape[0]
+    top = (rows, MAX_TOP_LOGPROBS)
+    return jnp.zeros(rows), jnp.zeros(top, jnp.int32), jnp.zeros(top)
+
+
+def _bias(logits: jax.Array, own: SlotState, active: jax.Array) -> jax.Array:
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return logits.at[rows, own.bias_ids].add(jnp.where(active, own.bias_values, 0), mode="drop")
+
+
+def _penalise(
+    logits: jax.Array, own: SlotState, slots: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Repetition (Keskar et al., CTRL, section 4.1), then presence and frequency as OpenAI does.
+
+    Each is a gather and a scatter at the tokens of the history; no count per vocabulary entry.
+    """
+    vocab = logits.shape[-1]
+    history = own.history.at[slots].get(mode="clip")
+    at = jnp.arange(history.shape[1])
+    rows = jnp.arange(logits.shape[0])[:, None]
+    known = jnp.where(at < positions[:, None], history, vocab)
+    output = jnp.where(at >= own.prompt_tokens[:, None], known, vocab)
+    # Once per distinct token: duplicates gather the same value and so set the same one.
+    old = logits.at[rows, known].get(mode="fill", fill_value=0)
+    factor = own.repetition[:, None]
+    logits = logits.at[rows, known].set(jnp.where(old > 0, old / factor, old * factor), mode="drop")
+    old = logits.at[rows, output].get(mode="fill", fill_value=0)
+    logits = logits.at[rows, output].set(old - own.presence[:, None], mode="drop")
+    # Once per occurrence.
+    times = jnp.broadcast_to(-own.frequency[:, None], output.shape)
+    return logits.at[rows, output].add(times, mode="drop")
+
+
+def _sample(shaped: jax.Array, own: SlotState, positions: jax.Array) -> jax.Array:
+    """Temperature, then min_p, top_k and top_p cuts, then one draw from what is left. Exact."""
+    heat = jnp.where(own.temperature > 0, own.temperature, 1)
+    logits = (shaped - jnp.max(shaped, axis=-1, keepdims=True)) / heat[:, None]
+    floor = jnp.log(own.min_p)  # -inf keeps all
+    is_cut = ((own.top_k > 0) | (own.top_p < 1)) & (own.temperature > 0)
+    floor = lax.cond(jnp.any(is_cut), _cut, lambda _, floor, *__: floor, logits, floor, own)
+    weights = jnp.where(logits >= floor[:, None], jnp.exp(logits), 0)
+
+    def uniform(seed: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position))
+
+    return _pick(weights, jax.vmap(uniform)(own.seed, positions))
+
+
+def _cut(logits: jax.Array, floor: jax.Array, own: SlotState) -> jax.Array:
+    """The lowest logit [rows] that top_k and then top_p keep, not below `floor`.
+
+    Both are found among the best CANDIDATES; only a cut that lies deeper is searched for.
+    """
+    vocab = logits.shape[-1]
+    count = min(CANDIDATES, vocab)
+    best, _ = lax.top_k(logits, count)
+    wanted = jnp.where(own.top_k > 0, jnp.minimum(own.top_k, vocab), vocab)
+
+    def deep_k() -> jax.Array:
+        return _search(logits, lambda kept: kept.astype(jnp.float32), wanted.astype(jnp.float32))
+
+    kth = jnp.take_along_axis(best, jnp.minimum(wanted, count)[:, None] - 1, axis=-1)[:, 0]
+    is_deep = (own.top_k > 0) & (wanted > count)
+    kth = jnp.where(is_deep, lax.cond(jnp.any(is_deep), deep_k, lambda: kth), kth)
+    floor = jnp.where(own.top_k > 0, jnp.maximum(floor, kth), floor)
+
+    kept = jnp.where(logits >= floor[:, None], jnp.exp(logits), 0)
+    goal = own.top_p * jnp.sum(kept, axis=-1)
+
+    def deep_p() -> jax.Array:
+        return _search(logits, lambda above: jnp.where(above, kept, 0), goal)
+
+    mass = jnp.cumsum(jnp.where(best >= floor[:, None], jnp.exp(best), 0), axis=-1)
+    enough = jnp.sum(mass < goal[:, None], axis=-1)  # how many fall short
+    pth = jnp.take_along_axis(best, jnp.minimum(enough, count - 1)[:, None], axis=-1)[:, 0]
+    is_deep = (own.top_p < 1) & (enough >= count)
+    pth = jnp.where(is_deep, lax.cond(jnp.any(is_deep), deep_p, lambda: pth), pth)
+    return jnp.where(own.top_p < 1, jnp.maximum(floor, pth), floor)
+
+
+def _search(
+    logits: jax.Array, measure: Callable[[jax.Array], jax.Array], goal: jax.Array
+) -> jax.Array:
+    """The highest threshold [rows] whose kept entries measure up to `goal` [rows].
+
+    Bisection over the 32 bits of a float in numerical order, so it is exact, ties included.
+    """
+
+    def to_float(order: jax.Array) -> jax.Array:
+        bits = order ^ ((order >> 31) & 0x7FFFFFFF)
+        return lax.bitcast_convert_type(bits, jnp.float32)
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # low measures up, high does not
+        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
+        above = logits >= to_float(middle)[:, None]
+        fits = jnp.sum(measure(above), axis=-1) >= goal
+        return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
+
+    rows = goal.shape
+    lowest = jnp.full(rows, -(2**31) + 0x00800000, jnp.int32)  # the order of -inf
+    highest = jnp.full(rows, 1, jnp.int32)  # above the best, which is 0
+    return to_float(lax.fori_loop(0, 32, halve, (lowest, highest))[0])
+
+
+def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The entry of `weights` [rows, vocab] in which uniform [rows] times their sum falls.
+
+    Two levels, blocks and then entries, so that no running sum over the vocabulary is kept.
+    """
+    rows, vocab = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
+    block_sums = jnp.sum(blocks, axis=-1)
+    sums = jnp.cumsum(block_sums, axis=-1)
+    target = uniform * sums[:, -1]
+    block = _first(sums > target[:, None], block_sums > 0)
+    chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    before = jnp.take_along_axis(sums - block_sums, block[:, None], axis=1)
+    inside = jnp.cumsum(chosen, axis=-1) > target[:, None] - before
+    return block * _BLOCK + _first(inside, chosen > 0)
+
+
+def _first(reached: jax.Array, possible: jax.Array) -> jax.Array:
+    """Index of the first entry reached, or of the last possible one where rounding reached none."""
+    index = jnp.arange(possible.shape[-1], dtype=jnp.int32)
+    last = jnp.max(jnp.where(possible, index, 0), axis=-1)
+    found = jnp.min(jnp.where(reached & possible, index, possible.shape[-1]), axis=-1)
+    return jnp.minimum(found, last)

@@ -1,0 +1,191 @@
+"""The programs of a step: what is compiled, for which shapes, and nothing about when to run them.
+
+    admit            a sequence takes a slot
+    forward[tokens]  new tokens through the decoder; keys and values into their pages
+    sample[rows]     head and draw for the rows that end a sequence; the token goes to its history
+    score            head and log-probabilities for prompt tokens, in blocks, any number
+
+Tokens are read from the slots' histories and drawn ones written back there, so a step follows
+another without the host knowing what was drawn. Forward is bucketed by tokens and sample by rows:
+the number of programs is a sum, not a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+from fastserve_jax.core.types import MAX_TOP_LOGPROBS
+from fastserve_jax.models.config import ModelConfig
+from fastserve_jax.models.decoder import Batch, Decoder, State, head_weight, place
+from fastserve_jax.models.layers import project
+from pallas_kernels import KVLayout
+
+from . import sampling
+from .sampling import Drawn, SlotState
+
+SMALLEST_BUCKET = 4  # XLA:CPU multiplies one row 10 times slower than four
+SCORE_ROWS = 32  # rows of logits held at once while scoring a prompt
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """The bounds that every program is compiled for."""
+
+    max_slots: int
+    step_tokens: int
+    max_context: int
+    page_size: int
+    num_pages: int
+
+    @property
+    def pages_per_row(self) -> int:
+        return -(-self.max_context // self.page_size)
+
+    @property
+    def token_buckets(self) -> tuple[int, ...]:
+        return buckets(self.step_tokens)
+
+    @property
+    def row_buckets(self) -> tuple[int, ...]:
+        return buckets(self.max_slots)
+
+    def layout(self, config: ModelConfig) -> KVLayout:
+        return KVLayout(self.num_pages, config.num_kv_heads, self.page_size, config.head_dim)
+
+
+def buckets(largest: int) -> tuple[int, ...]:
+    """Powers of two from SMALLEST_BUCKET, and `largest` itself at the end."""
+    sizes = []
+    size = SMALLEST_BUCKET
+    while size < largest:
+        sizes.append(size)
+        size *= 2
+    return (*sizes, largest)
+
+
+class Rows(NamedTuple):
+    """Rows of hidden states whose next token is wanted, all [rows] int32; padding: slot too big."""
+
+    hidden: jax.Array | np.ndarray  # index of each
+    slots: jax.Array | np.ndarray
+    positions: jax.Array | np.ndarray  # where the next token stands
+
+
+class Scores(NamedTuple):
+    """Over `step_tokens` rows; what lies beyond the rows asked for means nothing."""
+
+    logprobs: jax.Array  # [rows] float32
+    top_ids: jax.Array  # [rows, MAX_TOP_LOGPROBS] int32
+    top_logprobs: jax.Array  # [rows, MAX_TOP_LOGPROBS] float32
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The four functions of one model, to be compiled; pure but for what is donated."""
+
+    graph: nnx.GraphDef[Decoder]
+    config: ModelConfig
+    shape: StepShape
+
+    def forward(
+        self,
+        params: State,
+        kv_pages: list[jax.Array],
+        history: jax.Array,
+        batch: Batch,
+        tokens: int,
+    ) -> tuple[list[jax.Array], jax.Array]:
+        """-> pages (donated through), hidden [step_tokens, hidden_size] whatever the bucket."""
+        at = place(batch, tokens, self.shape.layout(self.config))
+        given = history[jnp.asarray(batch.slots)[at.rows], at.positions]
+        hidden, kv_pages = nnx.merge(self.graph, params)(given, kv_pages, batch, at)
+        spare = self.shape.step_tokens - tokens
+        return kv_pages, jnp.pad(hidden, ((0, spare), (0, 0)))
+
+    def sample(
+        self, head: jax.Array, state: SlotState, hidden: jax.Array, rows: Rows
+    ) -> tuple[SlotState, Drawn]:
+        slots, positions = jnp.asarray(rows.slots), jnp.asarray(rows.positions)
+        drawn = sampling.draw(project(hidden[rows.hidden], head), state, slots, positions)
+        history = state.history.at[slots, positions].set(drawn.tokens, mode="drop")
+        return state._replace(history=history), drawn
+
+    def score(
+        self, head: jax.Array, history: jax.Array, hidden: jax.Array, rows: Rows, count: jax.Array
+    ) -> Scores:
+        """The first `count` of `rows`, each row's `positions` naming the token it is scored on."""
+        total = self.shape.step_tokens
+        padded = -(-total // SCORE_ROWS) * SCORE_ROWS
+        index, slots, positions = (jnp.pad(jnp.asarray(x), (0, padded - total)) for x in rows)
+
+        def block(i: jax.Array, scores: Scores) -> Scores:
+            at = [lax.dynamic_slice_in_dim(x, i * SCORE_ROWS, SCORE_ROWS) for x in (index, slots)]
+            where = lax.dynamic_slice_in_dim(positions, i * SCORE_ROWS, SCORE_ROWS)
+            given = history.at[at[1], where].get(mode="clip")
+            new = sampling.score(project(hidden[at[0]], head), given)
+            update = lax.dynamic_update_slice_in_dim
+            return Scores(
+                *(update(a, b, i * SCORE_ROWS, 0) for a, b in zip(scores, new, strict=True))
+            )
+
+        top = (padded, MAX_TOP_LOGPROBS)
+        start = Scores(jnp.zeros(padded), jnp.zeros(top, jnp.int32), jnp.zeros(top))
+        scores: Scores = lax.fori_loop(0, (count + SCORE_ROWS - 1) // SCORE_ROWS, block, start)
+        return scores
+
+
+type Lower = Callable[[], jax.stages.Lowered]
+
+
+def lowerings(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[tuple[str, Lower]]:
+    """Every program by name, with what traces it; smallest shapes first."""
+    shape, config = steps.shape, steps.config
+    state = jax.eval_shape(
+        lambda: sampling.empty_state(shape.max_slots, shape.max_context, config.vocab_size)
+    )
+    kv_pages = [_like(shape.layout(config).shape, dtype) for _ in range(config.num_layers)]
+    hidden = _like((shape.step_tokens, config.hidden_size), dtype)
+    head = _abstract(head_weight(config, params))
+    slot_row = tuple(_like(x.shape[1:], x.dtype) for x in state)
+    admit = jax.jit(sampling.admit, donate_argnums=0)
+    yield "admit", partial(admit.lower, state, _ints(), slot_row)
+
+    sample = jax.jit(steps.sample, donate_argnums=1)
+    for count in shape.row_buckets:
+        rows = Rows(_ints(count), _ints(count), _ints(count))
+        yield f"sample[{count}]", partial(sample.lower, head, state, hidden, rows)
+
+    slots = shape.max_slots
+    table = _ints(slots, shape.pages_per_row)
+    batch = Batch(_ints(slots), _ints(slots), table, _ints(slots + 1), _ints(2))
+    params = jax.tree.map(_abstract, params)
+    forward = jax.jit(steps.forward, static_argnums=4, donate_argnums=1)
+    for tokens in shape.token_buckets:
+        given = (params, kv_pages, state.history, batch, tokens)
+        yield f"forward[{tokens}]", partial(forward.lower, *given)
+
+    rows = Rows(*[_ints(shape.step_tokens)] * 3)
+    score = jax.jit(steps.score)
+    yield "score", partial(score.lower, head, state.history, hidden, rows, _ints())
+
+
+def _ints(*shape: int) -> Any:
+    return _like(shape, jnp.int32)
+
+
+def _abstract(x: jax.Array) -> Any:
+    return _like(x.shape, x.dtype)
+
+
+def _like(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]

@@ -1,0 +1,1 @@
+"""Names and files to parameters: the catalogue, downloads, GGUF and Hugging Face readers."""

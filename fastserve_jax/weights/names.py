@@ -1,0 +1,132 @@
+"""Which stored tensors make up each of the decoder's parameters: one table per source format.
+
+A parameter is its stored tensors, each transformed where needed, stacked along the first axis.
+Linear weights are [out, in]. Tables speak of stems: `.weight` and `.bias` carry over, and {i} is
+the layer. Opens no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastserve_jax.models.config import ModelConfig
+
+Transform = Callable[[NDArray[Any], ModelConfig], NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """A source format. `transforms` is keyed by stored stem; `unused` may be left over."""
+
+    parts: Mapping[str, tuple[str, ...]]
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()  # endings of stored names that carry no parameter
+
+
+def _halves(rows: NDArray[Any], heads: int) -> NDArray[Any]:
+    """From interleaved rotary pairs (2i, 2i + 1) within each head to rotate-half order."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _query_halves(rows: NDArray[Any], config: ModelConfig) -> NDArray[Any]:
+    return _halves(rows, config.num_heads)
+
+
+def _key_halves(rows: NDArray[Any], config: ModelConfig) -> NDArray[Any]:
+    return _halves(rows, config.num_kv_heads)
+
+
+def _transposed(weight: NDArray[Any], config: ModelConfig) -> NDArray[Any]:
+    return weight.T if weight.ndim == 2 else weight
+
+
+def _plus_one(weight: NDArray[Any], config: ModelConfig) -> NDArray[Any]:
+    return weight.astype(np.float32) + np.float32(1)
+
+
+_GGUF_PARTS = {
+    "embed": ("token_embd",),
+    "positions": ("position_embd",),
+    "layers.{i}.attn_norm": ("blk.{i}.attn_norm",),
+    "layers.{i}.attn.qkv": ("blk.{i}.attn_q", "blk.{i}.attn_k", "blk.{i}.attn_v"),
+    "layers.{i}.attn.q_norm": ("blk.{i}.attn_q_norm",),
+    "layers.{i}.attn.k_norm": ("blk.{i}.attn_k_norm",),
+    "layers.{i}.attn.out": ("blk.{i}.attn_output",),
+    "layers.{i}.post_attn_norm": ("blk.{i}.post_attention_norm",),
+    "layers.{i}.mlp_norm": ("blk.{i}.ffn_norm",),
+    "layers.{i}.mlp.gate_up": ("blk.{i}.ffn_gate", "blk.{i}.ffn_up"),
+    "layers.{i}.mlp.up": ("blk.{i}.ffn_up",),
+    "layers.{i}.mlp.down": ("blk.{i}.ffn_down",),
+    "layers.{i}.post_mlp_norm": ("blk.{i}.post_ffw_norm",),
+    "final_norm": ("output_norm",),
+    "head": ("output",),
+}
+_GGUF_UNUSED = ("rope_freqs.weight", ".attn_rot_embd.weight")
+
+GGUF = Names(_GGUF_PARTS, unused=_GGUF_UNUSED)
+GGUF_LLAMA = Names(
+    _GGUF_PARTS,
+    {"blk.{i}.attn_q": _query_halves, "blk.{i}.attn_k": _key_halves},
+    _GGUF_UNUSED,
+)
+GGUF_GPT2 = Names(_GGUF_PARTS | {"layers.{i}.attn.qkv": ("blk.{i}.attn_qkv",)})
+
+_LAYER = "model.layers.{i}."
+_HF_PARTS = {
+    "embed": ("model.embed_tokens",),
+    "layers.{i}.attn_norm": (_LAYER + "input_layernorm",),
+    "layers.{i}.attn.qkv": (
+        _LAYER + "self_attn.q_proj",
+        _LAYER + "self_attn.k_proj",
+        _LAYER + "self_attn.v_proj",
+    ),
+    "layers.{i}.attn.q_norm": (_LAYER + "self_attn.q_norm",),
+    "layers.{i}.attn.k_norm": (_LAYER + "self_attn.k_norm",),
+    "layers.{i}.attn.out": (_LAYER + "self_attn.o_proj",),
+    "layers.{i}.mlp_norm": (_LAYER + "post_attention_layernorm",),
+    "layers.{i}.mlp.gate_up": (_LAYER + "mlp.gate_proj", _LAYER + "mlp.up_proj"),
+    "layers.{i}.mlp.down": (_LAYER + "mlp.down_proj",),
+    "final_norm": ("model.norm",),
+    "head": ("lm_head",),
+}
+_GEMMA3_NORMS = {
+    "layers.{i}.post_attn_norm": (_LAYER + "post_attention_layernorm",),
+    "layers.{i}.mlp_norm": (_LAYER + "pre_feedforward_layernorm",),
+    "layers.{i}.post_mlp_norm": (_LAYER + "post_feedforward_layernorm",),
+}
+_GEMMA3_PARTS = _HF_PARTS | _GEMMA3_NORMS
+_BLOCK = "transformer.h.{i}."
+_HF_UNUSED = (".rotary_emb.inv_freq",)
+
+HF = Names(_HF_PARTS, unused=_HF_UNUSED)
+HF_GEMMA3 = Names(
+    _GEMMA3_PARTS,
+    {stored: _plus_one for ours, (stored, *_) in _GEMMA3_PARTS.items() if ours.endswith("norm")},
+    _HF_UNUSED,
+)
+HF_GPT2 = Names(
+    {
+        "embed": ("transformer.wte",),
+        "positions": ("transformer.wpe",),
+        "layers.{i}.attn_norm": (_BLOCK + "ln_1",),
+        "layers.{i}.attn.qkv": (_BLOCK + "attn.c_attn",),
+        "layers.{i}.attn.out": (_BLOCK + "attn.c_proj",),
+        "layers.{i}.mlp_norm": (_BLOCK + "ln_2",),
+        "layers.{i}.mlp.up": (_BLOCK + "mlp.c_fc",),
+        "layers.{i}.mlp.down": (_BLOCK + "mlp.c_proj",),
+        "final_norm": ("transformer.ln_f",),
+        "head": ("lm_head",),
+    },
+    # Conv1D keeps its weight as [in, out]
+    {
+        _BLOCK + stem: _transposed
+        for stem in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    },
+    (".attn.bias", ".attn.masked_bias"),  # the causal mask, kept as a buffer
+)

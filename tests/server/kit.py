@@ -1,0 +1,135 @@
+"""A whole server on a loopback socket: real engine and scheduler, fake device, 64-token text."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+import aiohttp
+
+from fastserve_jax.core.policy import FirstComeFirstServed
+from fastserve_jax.core.scheduler import Limits, Scheduler
+from fastserve_jax.core.types import Request
+from fastserve_jax.engine import Engine
+from fastserve_jax.metrics import Metrics
+from fastserve_jax.server.config import ServerConfig
+from fastserve_jax.server.lifecycle import listening
+from fastserve_jax.server.state import Served, ServerState
+from fastserve_jax.text.tokenizer import Tokenizer, Vocabulary
+
+from ..fakes import VOCAB, FakeDevice, FakeRunner
+
+MODEL = "fake-model"
+BOS, EOS = 0, 1
+_PIECES = (
+    b"<s>",
+    b"</s>",
+    *(bytes([c]) for c in b" abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,!?:\n"),
+    b"\xc3",
+    b"\xa9",  # the two halves of é
+    b"the",
+)
+PIECES = _PIECES + (b"",) * (VOCAB - len(_PIECES))
+_IDS = {piece: id for id, piece in enumerate(_PIECES) if len(piece) == 1}
+
+
+def _encode(text: str, at_start: bool) -> list[int]:
+    return [_IDS.get(bytes([byte]), _IDS[b"?"]) for byte in text.encode()]
+
+
+def make_tokenizer() -> Tokenizer:
+    vocabulary = Vocabulary(
+        pieces=PIECES,
+        control=frozenset({BOS, EOS}),
+        bos_id=BOS,
+        eos_ids=frozenset({EOS}),
+        add_bos=True,
+        space_prefix=False,
+        chat_template="the template's source",
+        named={"bos_token": "<s>", "eos_token": "</s>"},
+    )
+    return Tokenizer(vocabulary, _encode)
+
+
+class FakeTemplate:
+    """A line per message."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(
+        self,
+        messages: Sequence[dict[str, object]],
+        tools: Sequence[dict[str, object]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        lines = [f"{message['role']}: {message['content']}\n" for message in messages]
+        if add_generation_prompt:
+            lines.append("assistant: ")
+        return self._tokenizer.encode("".join(lines))
+
+
+LIMITS = Limits(page_size=8, num_pages=512, max_slots=16, step_tokens=128, max_context=512)
+
+
+@dataclass
+class Kit:
+    url: str
+    state: ServerState
+    engine: Engine
+    device: FakeDevice
+    session: aiohttp.ClientSession
+
+    async def post(self, path: str, body: object, **kwargs: object) -> aiohttp.ClientResponse:
+        return await self.session.post(self.url + path, json=body, **kwargs)
+
+    async def json(self, path: str, body: object, status: int = 200) -> dict:
+        async with await self.post(path, body) as answer:
+            assert answer.status == status, await answer.text()
+            return await answer.json()
+
+    def empty(self) -> bool:
+        stats = self.engine.stats()
+        return not (stats.running or stats.waiting or stats.ending or stats.pages_used)
+
+
+@asynccontextmanager
+async def kit(
+    config: ServerConfig | None = None,
+    *,
+    limits: Limits = LIMITS,
+    delay_s: float = 0.0,
+    nan: Sequence[tuple[int, int]] = (),
+    fail_at: int | None = None,
+    ready: bool = True,
+) -> AsyncIterator[Kit]:
+    config = replace(config or ServerConfig(), port=0)
+    metrics = Metrics(MODEL)
+    device = FakeDevice(limits, nan=nan)
+    runner = FakeRunner(device, delay_s=delay_s, fail_at=fail_at)
+    tokenizer = make_tokenizer()
+    state = ServerState(config, metrics)
+    scheduler = Scheduler(limits, FirstComeFirstServed())
+    headers = {"Authorization": f"Bearer {config.api_keys[0]}"} if config.api_keys else {}
+    async with (
+        Engine(scheduler, runner, on_step=metrics.step) as engine,
+        listening(state) as url,
+        aiohttp.ClientSession(headers=headers) as session,
+    ):
+        metrics.watch_engine(engine.stats, limits.page_size)
+        if ready:
+            state.ready(
+                Served(MODEL, engine, tokenizer, limits.max_context, FakeTemplate(tokenizer))
+            )
+        yield Kit(url, state, engine, device, session)
+
+
+def token_ids(text: str) -> list[int]:
+    return make_tokenizer().encode(text)
+
+
+def expected(request_id: int, prompt: list[int], **sampling: object) -> Request:
+    from fastserve_jax.core.types import Sampling
+
+    return Request(request_id, tuple(prompt), Sampling(**sampling))
