@@ -45,10 +45,11 @@ def measure(policy: str, pages: str, live: int, slots: int, steps: int) -> None:
         max_live=live,
     )
     scheduler, rng = Scheduler(limits, make_policy(policy)), random.Random(1)
+    vocabulary = range(30_000)
     ids, now = iter(range(1, 1 << 30)), 0.0
 
     def submit() -> None:
-        prompt = tuple(rng.randrange(30_000) for _ in range(rng.randint(1, 2 * PROMPT_TOKENS)))
+        prompt = tuple(rng.choices(vocabulary, k=rng.randint(1, 2 * PROMPT_TOKENS)))
         output = Sampling(max_tokens=rng.randint(1, 2 * OUTPUT_TOKENS))
         scheduler.submit(Request(next(ids), prompt, output), now)
 

@@ -44,7 +44,8 @@ def next_token(chain: int, position: int, sampling: Sampling, outputs: int, voca
 
 def alone(request: Request, vocab: int = VOCAB) -> tuple[list[int], Finish]:
     """What `request` must be answered, worked out without any device."""
-    chain, sampling, output = _START, request.sampling, []
+    chain, sampling = _START, request.sampling
+    output: list[int] = []
     for token in request.prompt:
         chain = link(chain, token)
     for position in range(len(request.prompt), len(request.prompt) + sampling.max_tokens):

@@ -21,7 +21,7 @@ MAX_DEADLINE_MS = 24 * 3600 * 1000
 MAX_PRIORITY = 1_000_000
 
 
-class RefusedFields(msgspec.Struct, kw_only=True):
+class RefusedFields(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Known fields that would change the answer and are not served; harmless values pass."""
 
     best_of: object = None

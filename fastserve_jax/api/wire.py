@@ -12,6 +12,7 @@ import msgspec
 from fastserve_jax.errors import FastServeError, InvalidRequest
 
 _encoder = msgspec.json.Encoder()
+_MISSING = re.compile(r"missing required field `(\w+)`")
 _PATH = re.compile(r" - at `\$\.?([^`]*)`$")
 
 
@@ -40,8 +41,7 @@ def decode[T](data: bytes | str, kind: type[T]) -> T:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
         message = str(error)
-        where = _PATH.search(message)
-        raise InvalidRequest(message, param=(where.group(1) or None) if where else None) from None
+        raise InvalidRequest(message, param=_at_fault(message)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
     except RecursionError:
@@ -50,3 +50,10 @@ def decode[T](data: bytes | str, kind: type[T]) -> T:
 
 def error_answer(error: FastServeError) -> ErrorAnswer:
     return ErrorAnswer(ErrorDetail(error.message, error.type, error.param, error.code))
+
+
+def _at_fault(message: str) -> str | None:
+    """The dotted path of the field that `message`, msgspec's, complains of."""
+    where, missing = _PATH.search(message), _MISSING.search(message)
+    steps = [found.group(1) for found in (where, missing) if found]
+    return ".".join(step for step in steps if step) or None

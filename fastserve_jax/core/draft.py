@@ -10,6 +10,7 @@ from bisect import bisect
 from collections import deque
 
 from .books import Books
+from .pages import Release
 from .policy import Policy
 from .sequence import Sequence, by_rank
 from .types import Admission, Plan, Work
@@ -36,6 +37,7 @@ class Draft:
         self._admissions: list[Admission] = []
         self._aside: list[Sequence] = []  # to be queued again when the scan is over
         self._victims_left: list[Sequence] | None = None  # running, best rank first
+        self._release: Release | None = None  # of all who are leaving
         self._claimed_pages = 0
         self._claimed_slots = 0
         self.preemptions = 0
@@ -182,22 +184,26 @@ class Draft:
         if slots > 0 and not self._policy.preempts:
             return None
         pages += self._claimed_pages - books.index.available + books.index.idle_among(keep)
-        dropped: dict[int, int] = {}
-        if pages > 0:
-            dropped = self._leaving_pages.copy()
-            pages -= self._reclaimable - books.pool.gained(keep, dropped)
-            dropped.update(dict.fromkeys(keep, -1))
+        release = self._leaving_release.without(keep) if pages > 0 else books.pool.release()
         lower = self._candidates[bisect(self._candidates, seq.rank, key=by_rank) :]
         victims: list[Sequence] = []
-        while slots > 0 or pages > 0:
+        while slots > 0 or pages > release.pages:
             if not lower:
                 return None
             victim = lower.pop()
             victims.append(victim)
             slots -= 1
             if pages > 0:
-                pages -= books.pool.gain(victim.pages, dropped)
+                release.add(victim.pages)
         return victims
+
+    @property
+    def _leaving_release(self) -> Release:
+        if self._release is None:
+            self._release = self._books.pool.release()
+            for seq in self._books.leaving.values():
+                self._release.add(seq.pages)
+        return self._release
 
     @property
     def _candidates(self) -> list[Sequence]:
@@ -214,8 +220,8 @@ class Draft:
         if self._books.leave(victim):
             self._policy.wait(victim, self._now)
             self._aside.append(victim)
-        elif "_leaving_pages" in self.__dict__:
-            self._reclaimable += self._books.pool.gain(victim.pages, self._leaving_pages)
+        elif self._release is not None:
+            self._release.add(victim.pages)
 
     def _work(self, seq: Sequence, count: int) -> Work:
         start, first_page = seq.planned, seq.sent_pages

@@ -5,6 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
+class Release:
+    """What comes free if several holders let go, worked out before anybody does."""
+
+    def __init__(self, references: list[int]) -> None:
+        self._references = references
+        self._dropped: dict[int, int] = {}
+        self.pages = 0  # that nobody would hold any more
+
+    def add(self, pages: Iterable[int]) -> None:
+        """One more holder lets go of `pages`."""
+        dropped, references = self._dropped, self._references
+        for page in pages:
+            count = dropped[page] = dropped.get(page, 0) + 1
+            if count == references[page]:
+                self.pages += 1
+
+    def without(self, keep: list[int]) -> Release:
+        """The same, `keep` not counted now nor later."""
+        other = Release(self._references)
+        other._dropped = self._dropped.copy()
+        kept = sum(self._dropped.get(page) == self._references[page] for page in keep)
+        other.pages = self.pages - kept
+        other._dropped.update(dict.fromkeys(keep, -1))  # one short of free for ever
+        return other
+
+
 class PagePool:
     """Pages 0..count-1. A page is free, referenced, or at zero in the hands of the prefix index."""
 
@@ -38,17 +64,8 @@ class PagePool:
         assert self._references[page] == 0, f"page {page} is in use"
         self._free.append(page)
 
-    def gain(self, pages: Iterable[int], dropped: dict[int, int]) -> int:
-        """How many pages come free if a holder lets go of `pages`, after those let go before it.
-
-        `dropped` counts, per page, the references given up so far; start with -1 for a page that
-        is not to be counted.
-        """
-        gained = 0
-        for page in pages:
-            dropped[page] = dropped.get(page, 0) + 1
-            gained += dropped[page] == self._references[page]
-        return gained
+    def release(self) -> Release:
+        return Release(self._references)
 
     def check(self, held: dict[int, int], idle: Iterable[int]) -> None:
         """`held` counts each page's holders; `idle` are the index's unreferenced pages."""

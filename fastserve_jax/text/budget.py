@@ -27,6 +27,11 @@ class Budget:
         if self._units < 0:
             raise SecurityError("it does too much work")
 
+    def pass_over(self, value: object) -> None:
+        """Charges for one look at every item, or every character, of a value."""
+        per_unit = _CHARS_PER_UNIT if isinstance(value, str) else 1
+        self.charge(1 + (len(value) // per_unit if isinstance(value, Sized) else 0))
+
     def weigh(self, value: object) -> None:
         """Charges for a value's whole tree, a shared part as often as it is met."""
         stack: list[tuple[object, int]] = [(value, 0)]

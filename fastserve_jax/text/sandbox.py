@@ -20,7 +20,7 @@ from jinja2.runtime import Context, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from fastserve_jax.text.budget import Budget
+from fastserve_jax.text.budget import MAX_CHARS, Budget
 
 _MAX_INT_BITS = 256
 _MAX_INDENT = 64
@@ -41,14 +41,17 @@ _METHODS: dict[type, frozenset[str]] = {
     list: _words("count index"),
     tuple: _words("count index"),
 }
-_FILTERS = _words(
-    "abs capitalize count d default dictsort first float int items last length list lower map max"
-    " min reject rejectattr reverse safe select selectattr sort string title trim unique upper"
+# What a filter or test may look at decides what is paid: nothing, each item, or the whole tree.
+_GLANCE_FILTERS = _words("count d default first last length")
+_SHALLOW_FILTERS = _words("items list map reject rejectattr reverse select selectattr")
+_DEEP_FILTERS = _words(
+    "abs capitalize dictsort float int lower max min safe sort string title trim unique upper"
 )
-_TESTS = _words(
-    "== != boolean defined divisibleby eq equalto even false float ge gt in integer iterable le lt"
-    " lower mapping ne none number odd sequence string true undefined upper"
+_GLANCE_TESTS = _words(
+    "boolean defined false float integer iterable mapping none number sequence string true"
+    " undefined"
 )
+_DEEP_TESTS = _words("== != divisibleby eq equalto even ge gt in le lt lower ne odd upper")
 
 
 class _Metered(NodeTransformer):
@@ -96,8 +99,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         self.budget = Budget()
-        known: dict[str, Any] = dict(self.filters)
-        self.filters = {name: self._weighing(known[name]) for name in _FILTERS}
+        filters: dict[str, Any] = dict(self.filters)
+        self.filters = {name: filters[name] for name in _GLANCE_FILTERS}
+        self.filters |= {n: self._paid(filters[n], self.budget.pass_over) for n in _SHALLOW_FILTERS}
+        self.filters |= {n: self._paid(filters[n], self.budget.weigh) for n in _DEEP_FILTERS}
         self.filters |= {
             "indent": self._indent,
             "join": self._join,
@@ -107,8 +112,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "_steps": self._steps,
             "_weighed": self._weighed,
         }
-        known = dict(self.tests)
-        self.tests = {name: self._weighing(known[name]) for name in _TESTS}
+        tests: dict[str, Any] = dict(self.tests)
+        self.tests = {name: tests[name] for name in _GLANCE_TESTS}
+        self.tests |= {n: self._paid(tests[n], self.budget.weigh) for n in _DEEP_TESTS}
         safe = ("range", "namespace", "dict")
         self.globals = {name: self.globals[name] for name in safe}
         self.globals["raise_exception"] = _refuse
@@ -127,7 +133,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         length = 0
         for piece in template.generate(variables):
             length += len(piece)
-            self.budget.grow(length)
+            if length > MAX_CHARS:
+                raise SecurityError("it makes too long a text")
+            self.budget.grow(len(piece))
             pieces.append(piece)
         return "".join(pieces)
 
@@ -137,7 +145,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
             owner: Any = obj.__self__
             if obj.__name__ not in _METHODS.get(type(owner), frozenset()):
                 raise SecurityError(f"{type(owner).__name__}.{obj.__name__} is not allowed")
-            self.budget.weigh(owner)
+            if isinstance(owner, list | tuple):
+                self.budget.weigh(owner)  # their methods compare
+            elif isinstance(owner, str):
+                self.budget.pass_over(owner)
             if obj.__name__ == "replace":
                 return self._replace(owner, *args, **kwargs)
             if obj.__name__ == "join":
@@ -157,19 +168,30 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if operator == "+" and isinstance(left, str) and isinstance(right, str):
             self.budget.grow(len(left) + len(right))
         elif operator == "+":
-            self.budget.weigh((left, right))
+            self.budget.pass_over(left)
+            self.budget.pass_over(right)
         return super().call_binop(context, operator, left, right)
 
+    def wrap_str_format(self, value: Any) -> None:
+        """None: str.format is a method like any other, and not among the allowed."""
+
     def getitem(self, obj: Any, argument: Any) -> Any:
-        self.budget.weigh(obj if isinstance(argument, slice) else argument)
+        if isinstance(argument, slice):
+            self.budget.pass_over(obj)
+        else:
+            self.budget.weigh(argument)  # it will be hashed
         return super().getitem(obj, argument)
 
-    def _weighing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _paid(
+        self, function: Callable[..., Any], price: Callable[[Any], None]
+    ) -> Callable[..., Any]:
         """The same filter or test, its arguments paid for first."""
+        first = int(hasattr(function, "jinja_pass_arg"))  # the context, if it wants one
 
         @functools.wraps(function)  # Jinja's marks of what else to pass come along
         def paid(*args: Any, **kwargs: Any) -> Any:
-            self.budget.weigh(args)
+            for value in args[first:]:
+                price(value)
             return function(*args, **kwargs)
 
         return paid

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import codecs
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import aiohttp
 
 from fastserve_jax.core.policy import FirstComeFirstServed
 from fastserve_jax.core.scheduler import Limits, Scheduler
-from fastserve_jax.core.types import Request
 from fastserve_jax.engine import Engine
 from fastserve_jax.metrics import Metrics
 from fastserve_jax.server.config import ServerConfig
 from fastserve_jax.server.lifecycle import listening
 from fastserve_jax.server.state import Served, ServerState
-from fastserve_jax.text.tokenizer import Tokenizer, Vocabulary
 
 from ..fakes import VOCAB, FakeDevice, FakeRunner
 
@@ -34,28 +34,51 @@ PIECES = _PIECES + (b"",) * (VOCAB - len(_PIECES))
 _IDS = {piece: id for id, piece in enumerate(_PIECES) if len(piece) == 1}
 
 
-def _encode(text: str, at_start: bool) -> list[int]:
-    return [_IDS.get(bytes([byte]), _IDS[b"?"]) for byte in text.encode()]
+class LetterTokenizer:
+    """A token per byte of a few letters, "é" in two halves, and one word. Others become "?"."""
+
+    vocab_size = VOCAB
+    eos_ids = frozenset({EOS})
+    chat_template = "the template's source"
+    named_tokens: ClassVar = {"bos_token": "<s>", "eos_token": "</s>"}
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        ids = [_IDS.get(bytes([byte]), _IDS[b"?"]) for byte in text.encode()]
+        return [BOS, *ids] if add_special else ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        stream = self.stream(skip_special)
+        return "".join([stream.push(id) for id in ids]) + stream.flush()
+
+    def token_bytes(self, id: int) -> bytes:
+        return PIECES[id]
+
+    def token_text(self, id: int) -> str:
+        try:
+            return PIECES[id].decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in PIECES[id])
+
+    def stream(self, skip_special: bool = True, *, at_start: bool = False) -> LetterStream:
+        return LetterStream(skip_special)
 
 
-def make_tokenizer() -> Tokenizer:
-    vocabulary = Vocabulary(
-        pieces=PIECES,
-        control=frozenset({BOS, EOS}),
-        bos_id=BOS,
-        eos_ids=frozenset({EOS}),
-        add_bos=True,
-        space_prefix=False,
-        chat_template="the template's source",
-        named={"bos_token": "<s>", "eos_token": "</s>"},
-    )
-    return Tokenizer(vocabulary, _encode)
+class LetterStream:
+    def __init__(self, skip_special: bool) -> None:
+        self._skip = skip_special
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id: int) -> str:
+        return self._decoder.decode(b"" if self._skip and id in (BOS, EOS) else PIECES[id])
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
 
 
 class FakeTemplate:
     """A line per message."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: LetterTokenizer) -> None:
         self._tokenizer = tokenizer
 
     def encode(
@@ -108,7 +131,7 @@ async def kit(
     metrics = Metrics(MODEL)
     device = FakeDevice(limits, nan=nan)
     runner = FakeRunner(device, delay_s=delay_s, fail_at=fail_at)
-    tokenizer = make_tokenizer()
+    tokenizer = LetterTokenizer()
     state = ServerState(config, metrics)
     scheduler = Scheduler(limits, FirstComeFirstServed())
     headers = {"Authorization": f"Bearer {config.api_keys[0]}"} if config.api_keys else {}
@@ -126,10 +149,4 @@ async def kit(
 
 
 def token_ids(text: str) -> list[int]:
-    return make_tokenizer().encode(text)
-
-
-def expected(request_id: int, prompt: list[int], **sampling: object) -> Request:
-    from fastserve_jax.core.types import Sampling
-
-    return Request(request_id, tuple(prompt), Sampling(**sampling))
+    return LetterTokenizer().encode(text)

@@ -1,0 +1,151 @@
+"""Joins the parts into something that runs: files, device, scheduler, text. The only such place.
+
+`load` is slow and may run in a thread of its own; it touches no event loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from fastserve_jax.config import EngineSettings, Settings
+from fastserve_jax.core.policy import make_policy
+from fastserve_jax.core.scheduler import Limits, Scheduler
+from fastserve_jax.engine import Engine, StepRecord
+from fastserve_jax.models.config import ModelConfig
+from fastserve_jax.models.decoder import State, abstract, fill, parameters
+from fastserve_jax.runtime.compile import Compiled, compile_all, keep_compiled
+from fastserve_jax.runtime.memory import MemoryPlan, free_memory, plan_memory
+from fastserve_jax.runtime.runner import DeviceRunner
+from fastserve_jax.runtime.step import Steps, StepShape, lowerings
+from fastserve_jax.text.chat import ChatTemplate
+from fastserve_jax.text.load import load_tokenizer
+from fastserve_jax.text.tokenizer import Tokenizer
+from fastserve_jax.weights.load import ModelFiles, open_model
+
+MOST_CONTEXT = 8192  # without being asked for more: a longer context costs slots
+
+
+class Report(Protocol):
+    """Hears what loading is at."""
+
+    def pull(self, stage: str, done_bytes: int, total_bytes: int) -> None: ...
+    def opened(self, files: ModelFiles) -> None: ...
+    def weights(self, done: int, total: int) -> None: ...
+    def memory(self, plan: MemoryPlan) -> None: ...
+    def compiled(self, program: Compiled) -> None: ...
+
+
+class Silent:
+    """A Report that says nothing."""
+
+    def pull(self, stage: str, done_bytes: int, total_bytes: int) -> None: ...
+    def opened(self, files: ModelFiles) -> None: ...
+    def weights(self, done: int, total: int) -> None: ...
+    def memory(self, plan: MemoryPlan) -> None: ...
+    def compiled(self, program: Compiled) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to run: every program compiled, nothing running yet."""
+
+    name: str
+    config: ModelConfig
+    limits: Limits
+    runner: DeviceRunner
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    compile_s: float
+    programs: int
+    settings: Settings
+
+    def engine(self, on_step: Callable[[StepRecord], None] | None = None) -> Engine:
+        policy = make_policy(self.settings.engine.policy)
+        scheduler = Scheduler(self.limits, policy)
+        overlap = self.settings.engine.overlap
+        return Engine(scheduler, self.runner, overlap=overlap, on_step=on_step)
+
+
+def load(
+    reference: str, settings: Settings, cache_dir: Path, report: Report | None = None
+) -> Loaded:
+    """Raises OperatorErrors: what cannot be found, read, or fitted, and what to do."""
+    report = report or Silent()
+    make_policy(settings.engine.policy)  # a bad name is found before the slow part
+    files = open_model(reference, cache_dir, report.pull)
+    report.opened(files)
+    config = files.config
+    tokenizer = load_tokenizer(files.tokenizer_source)
+    dtype = jnp.float32 if settings.model.dtype == "f32" else jnp.bfloat16
+    graph, empty = abstract(config, dtype)
+    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(empty))
+    limits, plan = _limits(config, settings, weight_bytes, dtype)
+    report.memory(plan)
+    params = _read(files, empty, report)
+    shape = StepShape(
+        limits.max_slots, limits.step_tokens, limits.max_context, limits.page_size, limits.num_pages
+    )
+    keep_compiled(cache_dir / "compiled")
+    began = time.perf_counter()
+    jobs = lowerings(Steps(graph, config, shape), params, dtype)
+    programs = compile_all(jobs, report.compiled)
+    return Loaded(
+        name=files.name,
+        config=config,
+        limits=limits,
+        runner=DeviceRunner(config, params, shape, programs, dtype),
+        tokenizer=tokenizer,
+        template=ChatTemplate(tokenizer),
+        compile_s=time.perf_counter() - began,
+        programs=len(programs),
+        settings=settings,
+    )
+
+
+def _limits(
+    config: ModelConfig, settings: Settings, weight_bytes: int, dtype: DTypeLike
+) -> tuple[Limits, MemoryPlan]:
+    engine: EngineSettings = settings.engine
+    max_context = min(config.max_context, engine.max_context or MOST_CONTEXT)
+    free_bytes, fraction = free_memory(jax.devices()[0])
+    plan = plan_memory(
+        config,
+        dtype,
+        weight_bytes,
+        page_size=settings.kv.page_size,
+        num_pages=settings.kv.pages,
+        max_context=max_context,
+        max_slots=engine.max_slots,
+        step_tokens=engine.step_tokens,
+        free_bytes=free_bytes,
+        fraction=fraction,
+    )
+    limits = Limits(
+        page_size=plan.page_size,
+        num_pages=plan.num_pages,
+        max_slots=engine.max_slots,
+        step_tokens=engine.step_tokens,
+        max_context=max_context,
+        max_queue=engine.max_queue,
+        max_live=engine.max_queue + engine.max_slots,
+    )
+    return limits, plan
+
+
+def _read(files: ModelFiles, empty: State, report: Report) -> State:
+    shapes = parameters(empty)
+    arrays: dict[str, jax.Array] = {}
+    wanted = {name: tuple(struct.shape) for name, struct in shapes.items()}
+    for done, (name, array) in enumerate(files.tensors(wanted), 1):
+        arrays[name] = jax.device_put(np.asarray(array, shapes[name].dtype))
+        report.weights(done, len(wanted))
+    return fill(empty, arrays)

@@ -1,0 +1,133 @@
+"""Every setting in one tree, from a TOML file and `a.b=c` overrides. Strict; decides nothing.
+
+Each part's own values keep their meaning in that part; here they are only collected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import msgspec
+
+from fastserve_jax.errors import ConfigError
+from fastserve_jax.server.config import ServerConfig
+
+DTYPES = ("auto", "bf16", "f32")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    dtype: str = "auto"  # of weights and KV pages: auto is bf16
+
+
+@dataclass(frozen=True, slots=True)
+class KVSettings:
+    pages: int = 0  # 0: as many as memory allows
+    page_size: int = 16  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    policy: str = "fcfs"  # "fcfs" | "mlfq"
+    overlap: bool = True  # plan and dispatch a step while the one before it runs
+    max_slots: int = 32  # sequences in one step
+    step_tokens: int = 256  # tokens in one step, decodes and prompt chunks together
+    max_context: int = 0  # prompt and output of one request; 0: the model's, at most 8192
+    max_queue: int = 1024  # requests waiting for a slot
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    model: ModelSettings = field(default_factory=ModelSettings)
+    kv: KVSettings = field(default_factory=KVSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+
+def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Settings:
+    """The file's settings, then each "a.b=c" over them. Raises ConfigError naming the place."""
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+        _check_names(tree, Settings, str(path), ())
+    for override in overrides:
+        names, value = _parse(override)
+        nested: dict[str, Any] = {names[-1]: value}
+        for name in reversed(names[:-1]):
+            nested = {name: nested}
+        _check_names(nested, Settings, "--set", ())
+        _merge(tree, nested)
+    try:
+        settings = msgspec.convert(tree, Settings)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path or '--set'}: {error}") from error
+    _check_values(settings)
+    return settings
+
+
+def _parse(override: str) -> tuple[list[str], Any]:
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise ConfigError(f"--set {override}: write it as section.name=value")
+    try:
+        return names, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return names, text  # a bare word is a string
+
+
+def _check_names(tree: dict[str, Any], kind: type, where: str, above: tuple[str, ...]) -> None:
+    hints = get_type_hints(kind)
+    for name, value in tree.items():
+        full = ".".join((*above, name))
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            hint = f"did you mean {'.'.join((*above, near[0]))}?" if near else ""
+            raise ConfigError(
+                f"{where}: no setting {full}: {hint or 'there are ' + ', '.join(sorted(hints))}"
+            )
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{where}: {full} is a section: write {full}.name=value")
+            assert isinstance(hints[name], type)
+            _check_names(value, hints[name], where, (*above, name))
+
+
+def _merge(tree: dict[str, Any], new: dict[str, Any]) -> None:
+    for name, value in new.items():
+        if isinstance(value, dict) and isinstance(tree.get(name), dict):
+            _merge(tree[name], value)
+        else:
+            tree[name] = value
+
+
+def _check_values(settings: Settings) -> None:
+    engine, kv = settings.engine, settings.kv
+    if settings.model.dtype not in DTYPES:
+        raise ConfigError(f"model.dtype is one of {', '.join(DTYPES)}, not {settings.model.dtype}")
+    lowest = {
+        "kv.pages": (kv.pages, 0),
+        "kv.page_size": (kv.page_size, 1),
+        "engine.max_slots": (engine.max_slots, 1),
+        "engine.step_tokens": (engine.step_tokens, engine.max_slots),
+        "engine.max_context": (engine.max_context, 0),
+        "engine.max_queue": (engine.max_queue, 1),
+        "server.port": (settings.server.port, 0),
+        "server.max_body_bytes": (settings.server.max_body_bytes, 1),
+    }
+    for name, (value, least) in lowest.items():
+        if value < least:
+            raise ConfigError(f"{name} is {value}, it must be at least {least}")
+    if settings.server.port > 65535:
+        raise ConfigError(f"server.port is {settings.server.port}, the highest is 65535")

@@ -1,0 +1,105 @@
+"""Compiles every program before the first request, and counts what is compiled after.
+
+The persistent cache makes a second start short; `progress` tells which programs came from it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import jax
+from jax import monitoring
+
+from .step import Lower
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_CACHE_HIT = "/jax/compilation_cache/cache_hits"
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """One program, ready: the `done`-th of `total`."""
+
+    name: str
+    done: int
+    total: int
+    cached: bool
+    elapsed_s: float
+
+
+def keep_compiled(folder: Path) -> None:
+    """Use `folder` as the persistent cache, for programs of any size and any compile time."""
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)  # type: ignore[no-untyped-call]
+
+
+def compile_all(
+    lowerings: Iterable[tuple[str, Lower]],
+    progress: Callable[[Compiled], None] = lambda _: None,
+    threads: int = 2,
+) -> dict[str, jax.stages.Compiled]:
+    """name -> program. Tracing holds the interpreter; compiling does not, so two overlap."""
+    jobs = list(lowerings)
+    lock = threading.Lock()
+    programs: dict[str, jax.stages.Compiled] = {}
+
+    def build(job: tuple[str, Lower]) -> None:
+        name, lower = job
+        began = time.perf_counter()
+        with CompileCounter(own_thread=True) as counter:
+            program = lower().compile()
+        with lock:
+            programs[name] = program
+            elapsed_s = time.perf_counter() - began
+            progress(Compiled(name, len(programs), len(jobs), counter.cache_hits > 0, elapsed_s))
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
+        for done in [pool.submit(build, job) for job in jobs]:
+            done.result()
+    return programs
+
+
+class CompileCounter:
+    """Counts compilations while entered: in all threads, or in the one that entered."""
+
+    def __init__(self, own_thread: bool = False) -> None:
+        self.compiles = 0  # programs handed to the compiler or fetched from the cache
+        self.cache_hits = 0
+        self._thread = threading.get_ident() if own_thread else None
+
+    def __enter__(self) -> Self:
+        monitoring.register_event_duration_secs_listener(self._on_duration)
+        monitoring.register_event_listener(self._on_event)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        monitoring.unregister_event_duration_listener(self._on_duration)
+        monitoring.unregister_event_listener(self._on_event)
+
+    def _counts(self) -> bool:
+        return self._thread in (None, threading.get_ident())
+
+    def _on_duration(self, event: str, duration_secs: float, **_: str | int) -> None:
+        if event == _COMPILED and self._counts():
+            self.compiles += 1
+
+    def _on_event(self, event: str, **_: str | int) -> None:
+        if event == _CACHE_HIT and self._counts():
+            self.cache_hits += 1

@@ -1,0 +1,119 @@
+"""How many KV pages fit: sizes in bytes, from shapes alone. Allocates nothing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.typing import DTypeLike
+
+from fastserve_jax.errors import DoesNotFit
+from fastserve_jax.models.config import ModelConfig
+from pallas_kernels import KVLayout
+
+CPU_FRACTION = 0.1  # of free memory, for pages: a laptop has other uses for the rest
+DEVICE_FRACTION = 0.9  # of an accelerator's
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What goes where, all in bytes but for the counts."""
+
+    free_bytes: int
+    weight_bytes: int
+    work_bytes: int  # logits and activations of one step, estimated
+    page_bytes: int  # of one page, over all layers
+    num_pages: int
+    page_size: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.page_bytes * self.num_pages
+
+    def __str__(self) -> str:
+        return (
+            f"weights {_size(self.weight_bytes)}, KV {_size(self.kv_bytes)} "
+            f"({self.num_pages} pages of {self.page_size} tokens, "
+            f"{self.num_pages * self.page_size:,} in all), step {_size(self.work_bytes)}; "
+            f"{_size(self.free_bytes)} free"
+        )
+
+
+def plan_memory(
+    config: ModelConfig,
+    dtype: DTypeLike,
+    weight_bytes: int,
+    *,
+    page_size: int,
+    num_pages: int,
+    max_context: int,
+    max_slots: int,
+    step_tokens: int,
+    free_bytes: int,
+    fraction: float,
+) -> MemoryPlan:
+    """Sizes the KV pool; `num_pages` 0 takes what is free times `fraction`, never more than all
+    slots at full context could use.
+
+    Raises DoesNotFit, saying what would.
+    """
+    layout = KVLayout(1, config.num_kv_heads, page_size, config.head_dim)
+    page_bytes = layout.page_bytes(dtype) * config.num_layers
+    widest = 2 * config.intermediate_size + config.hidden_size * 4
+    work_bytes = 4 * (3 * max_slots * config.vocab_size + 2 * step_tokens * widest)
+    one_request = -(-max_context // page_size)
+    left = free_bytes - weight_bytes - work_bytes
+    if num_pages == 0:
+        budget = int(min(left, free_bytes * fraction))
+        num_pages = max(budget // page_bytes, one_request)
+        num_pages = min(num_pages, one_request * max_slots)
+    plan = MemoryPlan(free_bytes, weight_bytes, work_bytes, page_bytes, num_pages, page_size)
+    if plan.kv_bytes <= left:
+        return plan
+    fits = max(left, 0) // page_bytes
+    if fits * page_size < 64:
+        need = weight_bytes + work_bytes + page_bytes * -(-64 // page_size)
+        raise DoesNotFit(
+            f"the model does not fit: {plan}. It needs {_size(need)} at the least: take a smaller "
+            "model, a narrower --dtype, or fewer slots (--set engine.max_slots=N)"
+        )
+    raise DoesNotFit(
+        f"the KV pool does not fit: {plan}. --set kv.pages={fits} with "
+        f"--set engine.max_context={fits * page_size} or less would"
+    )
+
+
+def free_memory(device: jax.Device) -> tuple[int, float]:
+    """Free bytes for this process on `device`, and the fraction of them that pages may take."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"], DEVICE_FRACTION
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():  # what the kernel could free counts too
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    return min(free, _group_limit()), CPU_FRACTION
+
+
+def _group_limit() -> int:
+    """A container's memory limit less what it uses; without one, no bound."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+    except OSError:
+        return 2**62
+    return int(limit) - used if limit.isdigit() else 2**62
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"

@@ -1,0 +1,203 @@
+"""Carries out a Plan: the one place where a plan's ints meet the device's arrays.
+
+Programs are dispatched from the caller's thread, which costs about as much as building their
+arguments; one worker thread waits for results. Every step's arguments are fresh numpy arrays: the
+CPU backend may alias them, and a reused buffer would change a step in flight. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from fastserve_jax.core.types import (
+    Admission,
+    Plan,
+    Sampled,
+    Sampling,
+    Scored,
+    StepResult,
+    TopLogprobs,
+    Work,
+)
+from fastserve_jax.models.config import ModelConfig
+from fastserve_jax.models.decoder import Batch, State, head_weight
+
+from . import sampling
+from .sampling import Drawn
+from .step import Rows, Scores, StepShape
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What a slot's results must be shaped by."""
+
+    prompt_tokens: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A dispatched step: device arrays, and which request each row belongs to."""
+
+    hidden: jax.Array
+    drawn: Drawn | None
+    sampled: tuple[tuple[int, Sampling], ...]  # request and rules, by row of `drawn`
+    scores: Scores | None
+    scored: tuple[tuple[int, int, int], ...]  # request, position, alternatives, by row of `scores`
+
+
+class DeviceRunner:
+    """Owns pages, slots and parameters on the device. Use as a context manager."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: State,
+        shape: StepShape,
+        programs: Mapping[str, jax.stages.Compiled],
+        dtype: DTypeLike,
+    ) -> None:
+        self._params, self._shape, self._programs = params, shape, programs
+        self._config = config
+        self._head = head_weight(config, params)
+        layout = shape.layout(config)
+        self._kv_pages = [jnp.zeros(layout.shape, dtype) for _ in range(config.num_layers)]
+        self._state = sampling.empty_state(shape.max_slots, shape.max_context, config.vocab_size)
+        self._page_table = np.zeros((shape.max_slots, shape.pages_per_row), np.int32)
+        self._given: dict[int, _Given] = {}  # by slot
+        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="device")
+
+    def __enter__(self) -> DeviceRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._waiter.shutdown()
+
+    def dispatch(self, plan: Plan) -> Awaitable[StepResult]:
+        assert not plan.swap_in, "there is no host tier"
+        assert not plan.swap_out, "there is no host tier"
+        for admission in plan.admissions:
+            self._admit(admission)
+        pending = self._launch(plan.work)
+        return asyncio.get_running_loop().run_in_executor(self._waiter, _fetch, pending)
+
+    def _admit(self, admission: Admission) -> None:
+        row = sampling.slot_row(admission, self._shape.max_context, self._config.vocab_size)
+        self._state = self._programs["admit"](self._state, np.int32(admission.slot), row)
+        self._given[admission.slot] = _Given(admission.prompt_tokens, admission.sampling)
+
+    def _launch(self, works: tuple[Work, ...]) -> _Pending:
+        batch, tokens = self._batch(works)
+        bucket = _bucket(self._shape.token_buckets, tokens)
+        forward = self._programs[f"forward[{bucket}]"]
+        self._kv_pages, hidden = forward(self._params, self._kv_pages, self._state.history, batch)
+        # Scored first: drawing donates the history that scoring reads.
+        scores, scored = self._score(works, batch, hidden)
+        drawn, sampled = self._sample(works, batch, hidden)
+        return _Pending(hidden, drawn, sampled, scores, scored)
+
+    def _batch(self, works: tuple[Work, ...]) -> tuple[Batch, int]:
+        rows = self._shape.max_slots
+        slots, kv_lens = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        cu_q_lens = np.zeros(rows + 1, np.int32)
+        ones = tokens = 0
+        for row, work in enumerate(works):
+            end = work.first_page + len(work.pages)
+            self._page_table[work.slot, work.first_page : end] = work.pages
+            slots[row], kv_lens[row] = work.slot, work.start + work.count
+            tokens += work.count
+            cu_q_lens[row + 1] = tokens
+            ones += work.count == 1
+        cu_q_lens[len(works) + 1 :] = tokens
+        distribution = np.array([ones, len(works)], np.int32)
+        return Batch(slots, kv_lens, self._page_table[slots], cu_q_lens, distribution), tokens
+
+    def _sample(
+        self, works: tuple[Work, ...], batch: Batch, hidden: jax.Array
+    ) -> tuple[Drawn | None, tuple[tuple[int, Sampling], ...]]:
+        ending = [(row, work) for row, work in enumerate(works) if work.samples]
+        if not ending:
+            return None, ()
+        bucket = _bucket(self._shape.row_buckets, len(ending))
+        rows = _empty_rows(bucket, self._shape.max_slots)
+        for i, (row, work) in enumerate(ending):
+            rows.hidden[i] = batch.cu_q_lens[row + 1] - 1
+            rows.slots[i], rows.positions[i] = work.slot, work.start + work.count
+        sample = self._programs[f"sample[{bucket}]"]
+        self._state, drawn = sample(self._head, self._state, hidden, rows)
+        return drawn, tuple((w.request_id, self._given[w.slot].sampling) for _, w in ending)
+
+    def _score(
+        self, works: tuple[Work, ...], batch: Batch, hidden: jax.Array
+    ) -> tuple[Scores | None, tuple[tuple[int, int, int], ...]]:
+        """Every prompt token that follows one of this step's, where the request asked for it."""
+        rows = _empty_rows(self._shape.step_tokens, 0)
+        scored: list[tuple[int, int, int]] = []
+        for row, work in enumerate(works):
+            given = self._given[work.slot]
+            if given.sampling.prompt_logprobs is None:
+                continue
+            first = int(batch.cu_q_lens[row])
+            for i in range(min(work.count, given.prompt_tokens - 1 - work.start)):
+                at, position = len(scored), work.start + i + 1
+                rows.hidden[at], rows.slots[at], rows.positions[at] = first + i, work.slot, position
+                scored.append((work.request_id, position, given.sampling.prompt_logprobs))
+        if not scored:
+            return None, ()
+        score, history = self._programs["score"], self._state.history
+        scores = score(self._head, history, hidden, rows, np.int32(len(scored)))
+        return scores, tuple(scored)
+
+
+def _bucket(sizes: tuple[int, ...], wanted: int) -> int:
+    return next(size for size in sizes if size >= wanted)
+
+
+def _empty_rows(count: int, slot: int) -> Rows:
+    return Rows(
+        np.zeros(count, np.int32), np.full(count, slot, np.int32), np.zeros(count, np.int32)
+    )
+
+
+def _fetch(pending: _Pending) -> StepResult:
+    """On the worker thread: wait for the step, and turn its arrays into plain values."""
+    sampled: dict[int, Sampled] = {}
+    scored: dict[int, list[Scored]] = {}
+    if pending.drawn is None:
+        pending.hidden.block_until_ready()
+    else:
+        tokens = np.asarray(pending.drawn.tokens).tolist()
+        wanted = any(rules.logprobs is not None for _, rules in pending.sampled)
+        lists = _lists(pending.drawn[1:]) if wanted else ()
+        for row, (request_id, rules) in enumerate(pending.sampled):
+            token = tokens[row] if tokens[row] >= 0 else None
+            if rules.logprobs is None or token is None:
+                sampled[request_id] = Sampled(token)
+            else:
+                logprob, top = _logprobs(lists, row, rules.logprobs)
+                sampled[request_id] = Sampled(token, logprob, top)
+    if pending.scores is not None:
+        lists = _lists(pending.scores)
+        for row, (request_id, position, count) in enumerate(pending.scored):
+            logprob, top = _logprobs(lists, row, count)
+            scored.setdefault(request_id, []).append(Scored(position, logprob, top))
+    return StepResult(sampled, {request_id: tuple(s) for request_id, s in scored.items()})
+
+
+def _lists(arrays: tuple[jax.Array, ...]) -> tuple[list[Any], ...]:
+    return tuple(np.asarray(array).tolist() for array in arrays)
+
+
+def _logprobs(lists: tuple[list[Any], ...], row: int, count: int) -> tuple[float, TopLogprobs]:
+    logprobs, top_ids, top_logprobs = lists
+    top = zip(top_ids[row][:count], top_logprobs[row][:count], strict=True)
+    return logprobs[row], tuple((token, logprob) for token, logprob in top if token >= 0)

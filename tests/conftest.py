@@ -1,0 +1,35 @@
+"""Fixtures for every room: reference files beside the checkout, and models of the catalogue."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import platformdirs
+import pytest
+
+from fastserve_jax.weights.pull import pull
+
+_SHARED = Path(__file__).parents[1].parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Path]:
+    """A file of the reference material beside the checkout; skips where it is not."""
+
+    def find(name: str) -> Path:
+        path = _SHARED / name
+        if not path.exists():
+            pytest.skip(f"reference file {name} is not beside the checkout")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Callable[[str], Path]:
+    """The file of a catalogue model, downloaded once into the user's cache."""
+    cache = os.environ.get("FASTSERVE_CACHE")
+    folder = Path(cache) if cache else platformdirs.user_cache_path("fastserve")
+    return lambda name: pull(name, folder)

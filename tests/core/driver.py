@@ -1,0 +1,154 @@
+"""Drives a scheduler against the checking device by hand, balancing the books after every move."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable
+
+from fastserve_jax.core.policy import Policy, make_policy
+from fastserve_jax.core.scheduler import Limits, Scheduler
+from fastserve_jax.core.types import (
+    DoneEvent,
+    Event,
+    Finish,
+    Plan,
+    PromptEvent,
+    Request,
+    Sampling,
+    Scored,
+    StepResult,
+    TokenEvent,
+)
+from tests.fakes import FakeDevice, alone
+
+
+class Driver:
+    """`overlap` plans may be in flight besides the one being made; `now` moves only by hand."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        policy: str | Policy = "fcfs",
+        *,
+        overlap: int = 1,
+        nan: Collection[tuple[int, int]] = (),
+    ) -> None:
+        self.scheduler = Scheduler(
+            limits, make_policy(policy) if isinstance(policy, str) else policy
+        )
+        self.device = FakeDevice(limits, nan=nan)
+        self.overlap = overlap
+        self.now = 0.0
+        self.in_flight: deque[tuple[Plan, StepResult]] = deque()
+        self.plans: list[Plan] = []
+        self.requests: dict[int, Request] = {}
+        self.outputs: dict[int, list[int]] = {}
+        self.scored: dict[int, list[Scored]] = {}
+        self.done: dict[int, DoneEvent] = {}
+
+    # Moves
+
+    def submit(
+        self,
+        prompt: Iterable[int],
+        max_tokens: int = 4,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+        salt: str = "",
+        seed: int = 0,
+        stop_ids: Collection[int] = (),
+        min_tokens: int = 0,
+        prompt_logprobs: int | None = None,
+    ) -> int:
+        sampling = Sampling(
+            max_tokens,
+            seed=seed,
+            stop_ids=frozenset(stop_ids),
+            min_tokens=min_tokens,
+            prompt_logprobs=prompt_logprobs,
+        )
+        request_id = len(self.requests) + 1
+        request = Request(request_id, tuple(prompt), sampling, priority, deadline, salt)
+        self.scheduler.submit(request, self.now)
+        self.requests[request_id] = request
+        self.outputs[request_id], self.scored[request_id] = [], []
+        self.scheduler.check()
+        return request_id
+
+    def cancel(self, request_id: int) -> None:
+        self._hear(self.scheduler.cancel(request_id))
+
+    def expire(self) -> None:
+        self._hear(self.scheduler.expire(self.now))
+
+    def plan(self) -> Plan | None:
+        plan = self.scheduler.plan(self.now)
+        if plan is not None:
+            self.plans.append(plan)
+            self.in_flight.append((plan, self.device.run(plan)))
+        self.scheduler.check()
+        return plan
+
+    def commit(self) -> None:
+        plan, result = self.in_flight.popleft()
+        self._hear(self.scheduler.commit(plan, result, 0.01, self.now))
+
+    def turn(self) -> Plan | None:
+        """What the engine does once: plan, and commit when there is enough in flight."""
+        plan = self.plan() if len(self.in_flight) <= self.overlap else None
+        if self.in_flight and (plan is None or len(self.in_flight) > self.overlap):
+            self.commit()
+        return plan
+
+    def until_preempted(self) -> None:
+        """Stops between the plan that preempts and the next commit."""
+        while not self.scheduler.stats().preemptions:
+            if len(self.in_flight) > self.overlap:
+                self.commit()
+            else:
+                self.plan()
+
+    def run(self, most_turns: int = 2_000) -> None:
+        """Until nobody is live; more turns than `most_turns` are starvation."""
+        for _ in range(most_turns):
+            if not self.scheduler.live:
+                break
+            flying = bool(self.in_flight)
+            assert self.turn() or flying, "stuck"
+        assert not self.scheduler.live, f"somebody starves: {self.scheduler.stats()}"
+        while self.in_flight:
+            self.commit()
+        assert self.scheduler.stats().pages_used == 0
+
+    def _hear(self, events: Iterable[Event]) -> None:
+        for event in events:
+            assert event.request_id not in self.done, "an event after the last"
+            match event:
+                case TokenEvent(request_id, token):
+                    self.outputs[request_id].append(token)
+                case PromptEvent(request_id, scored):
+                    self.scored[request_id] += scored
+                case DoneEvent(request_id):
+                    self.done[request_id] = event
+        self.scheduler.check()
+
+    # Questions
+
+    def work(self, plan: Plan | None) -> list[tuple[int, int, int]]:
+        """(request id, start, count) of each row."""
+        return [(w.request_id, w.start, w.count) for w in plan.work] if plan else []
+
+    def assert_all_as_alone(self) -> None:
+        """Everybody finished got what it gets alone; the others a beginning of it."""
+        for request_id, request in self.requests.items():
+            output, reason = alone(request)
+            done = self.done[request_id]
+            assert done.output_tokens == len(self.outputs[request_id])
+            if done.reason in (Finish.STOP, Finish.LENGTH):
+                assert (self.outputs[request_id], done.reason) == (output, reason)
+                if request.sampling.prompt_logprobs is not None:
+                    positions = [scored.position for scored in self.scored[request_id]]
+                    assert positions == list(range(1, len(request.prompt)))
+            else:
+                assert self.outputs[request_id] == output[: done.output_tokens]

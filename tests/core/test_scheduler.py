@@ -1,0 +1,536 @@
+"""The scheduler's decisions, one by one, on a device that checks every read."""
+
+import pytest
+
+from fastserve_jax.core.scheduler import Limits
+from fastserve_jax.core.types import Finish, Request, Sampled, Sampling, StepResult
+from fastserve_jax.errors import ConfigError, InvalidRequest, Overloaded
+from tests.core.driver import Driver
+from tests.fakes import alone, link, score
+
+SMALL = Limits(page_size=4, num_pages=64, max_slots=4, step_tokens=8, max_context=64)
+
+
+def limits(**changes: int) -> Limits:
+    fields = {
+        "page_size": 4,
+        "num_pages": 64,
+        "max_slots": 4,
+        "step_tokens": 8,
+        "max_context": 64,
+    }
+    return Limits(**(fields | changes))
+
+
+# Steps
+
+
+def test_prompt_is_chunked_to_the_token_budget():
+    driver = Driver(SMALL)
+    driver.submit(range(20), max_tokens=2)
+    assert driver.work(driver.plan()) == [(1, 0, 8)]
+    assert driver.work(driver.plan()) == [(1, 8, 8)]
+    assert not driver.plans[1].work[0].samples
+    driver.commit()
+    assert driver.work(driver.plan()) == [(1, 16, 4)]
+    assert driver.plans[2].work[0].samples
+    driver.run()
+    driver.assert_all_as_alone()
+
+
+def test_decodes_are_never_stalled_by_a_long_prompt():
+    driver = Driver(SMALL, overlap=0)
+    driver.submit([1, 2], max_tokens=12)
+    driver.turn()
+    driver.submit(range(30), max_tokens=1)
+    for _ in range(4):
+        rows = driver.work(driver.turn())
+        assert rows[0][0] == 1
+        assert rows[0][2] == 1
+        assert rows[1][2] == 7  # what the decode leaves of the budget
+    driver.run()
+    driver.assert_all_as_alone()
+
+
+def test_two_prompts_share_one_step():
+    driver = Driver(SMALL)
+    driver.submit([1, 2, 3])
+    driver.submit([4, 5, 6, 7, 8, 9])
+    assert driver.work(driver.plan()) == [(1, 0, 3), (2, 0, 5)]
+    assert len(driver.plans[0].admissions) == 2
+
+
+def test_rows_of_one_token_come_first():
+    driver = Driver(SMALL)
+    driver.submit([1, 2, 3])
+    driver.submit([4])
+    assert driver.work(driver.plan()) == [(2, 0, 1), (1, 0, 3)]
+
+
+def test_a_token_in_flight_is_run_without_being_known():
+    driver = Driver(SMALL)
+    driver.submit([1, 2, 3], max_tokens=3)
+    assert driver.work(driver.plan()) == [(1, 0, 3)]
+    assert driver.work(driver.plan()) == [(1, 3, 1)]
+    assert driver.outputs[1] == []
+
+
+def test_nothing_is_planned_beyond_max_tokens():
+    driver = Driver(SMALL)
+    driver.submit([1, 2, 3], max_tokens=2)
+    driver.plan()
+    last = driver.plan()
+    driver.commit()
+    assert last is not None
+    assert last.work[0].samples
+    assert driver.plan() is None
+    driver.commit()
+    assert driver.done[1].reason is Finish.LENGTH
+    assert driver.device.positions_run == 4  # the last token is never run
+
+
+def test_at_most_two_plans_in_flight_and_committed_in_order():
+    driver = Driver(SMALL)
+    driver.submit([1, 2, 3], max_tokens=9)
+    driver.plan()
+    driver.plan()
+    with pytest.raises(AssertionError, match="commit the oldest"):
+        driver.plan()
+    plan, result = driver.in_flight.pop()
+    with pytest.raises(AssertionError, match="in order"):
+        driver.scheduler.commit(plan, result, 0.0, 0.0)
+
+
+def test_page_table_travels_as_a_delta():
+    driver = Driver(SMALL, overlap=0)
+    driver.submit(range(6), max_tokens=5)
+    driver.run()
+    deltas = [(w.first_page, len(w.pages)) for plan in driver.plans for w in plan.work]
+    assert deltas == [(0, 2), (2, 0), (2, 0), (2, 1), (3, 0)]
+
+
+def test_zero_max_tokens_runs_the_prompt_and_ends():
+    driver = Driver(SMALL)
+    driver.submit(range(10), max_tokens=0, prompt_logprobs=0)
+    driver.run()
+    assert driver.done[1].reason is Finish.LENGTH
+    assert driver.done[1].output_tokens == 0
+    driver.assert_all_as_alone()
+
+
+def test_slots_bound_the_rows():
+    driver = Driver(limits(max_slots=2))
+    for _ in range(5):
+        driver.submit([1, 2], max_tokens=3)
+    assert len(driver.work(driver.plan())) == 2
+    assert driver.scheduler.stats().waiting == 3
+    driver.run()
+    driver.assert_all_as_alone()
+
+
+# Endings
+
+
+def test_stop_while_the_next_step_is_in_flight_discards_it():
+    prompt = (1, 2, 3)
+    first = alone(Request(1, prompt, Sampling(max_tokens=1)))[0][0]
+    driver = Driver(SMALL)
+    driver.submit(prompt, max_tokens=10, stop_ids=[first])
+    driver.plan()
+    driver.plan()
+    driver.commit()
+    assert driver.done[1].reason is Finish.STOP
+    stats = driver.scheduler.stats()
+    assert (stats.running, stats.ending, stats.pages_used) == (0, 1, 1)  # still held
+    assert driver.plan() is None
+    driver.commit()
+    assert driver.outputs[1] == [first]
+    assert driver.scheduler.stats().pages_used == 0
+    assert driver.scheduler.live == 0
+
+
+def test_slot_is_reused_only_after_its_last_step():
+    first = alone(Request(1, (1, 2, 3), Sampling(max_tokens=1)))[0][0]
+    driver = Driver(limits(max_slots=1))
+    driver.submit([1, 2, 3], max_tokens=10, stop_ids=[first])
+    driver.submit([4, 5, 6])
+    driver.plan()
+    driver.plan()
+    driver.commit()
+    assert driver.plan() is None
+    driver.commit()
+    assert driver.work(driver.plan()) == [(2, 0, 3)]
+
+
+def test_numbers_that_are_not_finite_end_that_request_alone():
+    driver = Driver(SMALL, nan=[(1, 1)])
+    driver.submit([1, 2, 3], max_tokens=8)
+    driver.submit([4, 5], max_tokens=8)
+    driver.run()
+    assert driver.done[1].reason is Finish.ERROR
+    assert driver.done[2].reason is Finish.LENGTH
+    driver.assert_all_as_alone()
+
+
+@pytest.mark.parametrize("plans", [0, 1, 2])
+def test_cancel_with_so_many_plans_in_flight(plans):
+    driver = Driver(SMALL)
+    driver.submit(range(12), max_tokens=8)
+    for _ in range(plans):
+        driver.plan()
+    driver.cancel(1)
+    driver.cancel(1)
+    assert driver.done[1].reason is Finish.CANCELLED
+    assert driver.scheduler.live == (plans > 0)
+    if plans < 2:
+        assert driver.plan() is None
+    while driver.in_flight:
+        assert driver.scheduler.stats().pages_used == 4
+        driver.commit()
+    assert driver.scheduler.live == 0
+    assert driver.scheduler.stats().pages_used == 0
+    assert driver.outputs[1] == []
+
+
+def test_cancel_of_a_preempted_sequence_whose_token_is_in_flight():
+    driver = pressed()
+    driver.until_preempted()
+    assert driver.scheduler.stats().ending == 1
+    driver.cancel(2)
+    driver.run()
+    assert driver.done[2].reason is Finish.CANCELLED
+    driver.assert_all_as_alone()
+
+
+def test_cancel_of_strangers_is_ignored():
+    driver = Driver(SMALL)
+    driver.cancel(99)
+    driver.submit([1], max_tokens=1)
+    driver.run()
+    driver.cancel(1)
+    assert driver.done[1].reason is Finish.LENGTH
+
+
+def test_deadlines_end_waiting_and_running_requests():
+    driver = Driver(limits(max_slots=1))
+    driver.submit([1, 2], max_tokens=9, deadline=1.0)
+    driver.submit([3, 4], max_tokens=9, deadline=0.5)
+    driver.submit([5, 6], max_tokens=2)
+    assert driver.scheduler.next_deadline() == 0.5
+    driver.turn()
+    driver.now = 0.5
+    driver.expire()
+    assert driver.done[2].reason is Finish.DEADLINE
+    assert 1 not in driver.done
+    driver.now = 1.5
+    driver.expire()
+    assert driver.done[1].reason is Finish.DEADLINE
+    assert driver.scheduler.next_deadline() is None
+    driver.run()
+    driver.assert_all_as_alone()
+
+
+def test_deadline_of_a_finished_request_is_forgotten():
+    driver = Driver(SMALL)
+    driver.submit([1, 2], max_tokens=1, deadline=1.0)
+    driver.run()
+    assert driver.scheduler.next_deadline() is None
+    driver.now = 2.0
+    driver.expire()
+    assert driver.done[1].reason is Finish.LENGTH
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "says"),
+    [
+        ([], 4, "empty"),
+        (range(60), 5, "60 prompt tokens and max_tokens 5 make 65.* 64"),
+        (range(40), 10, "need 13 KV pages and there are 12"),
+    ],
+)
+def test_impossible_requests_are_refused_with_numbers(prompt, max_tokens, says):
+    driver = Driver(limits(num_pages=12))
+    with pytest.raises(InvalidRequest, match=says):
+        driver.submit(prompt, max_tokens)
+    assert driver.scheduler.live == 0
+    assert driver.scheduler.stats().rejected == 1
+
+
+def test_the_largest_request_that_fits_the_pool_is_served():
+    driver = Driver(limits(num_pages=12))
+    driver.submit(range(40), max_tokens=9)  # 48 positions: the last token needs no page
+    driver.run()
+    driver.assert_all_as_alone()
+
+
+@pytest.mark.parametrize("bound", [{"max_queue": 2}, {"max_live": 3}])
+def test_overload_is_refused_and_changes_nothing(bound):
+    driver = Driver(limits(max_slots=1, **bound))
+    driver.submit([1], max_tokens=5)
+    driver.turn()
+    driver.submit([2])
+    driver.submit([3])
+    before = driver.scheduler.stats()
+    with pytest.raises(Overloaded) as refusal:
+        driver.submit([4])
+    assert refusal.value.retry_after_s
+    after = driver.scheduler.stats()
+    assert (after.waiting, after.submitted) == (before.waiting, before.submitted)
+    driver.run()
+    driver.submit([4])
+    driver.run()
+    driver.assert_all_as_alone()
+
+
+@pytest.mark.parametrize("wrong", [{"page_size": 0}, {"max_queue": -1}, {"step_tokens": 3}])
+def test_limits_under_which_nothing_runs_are_refused(wrong):
+    with pytest.raises(ConfigError) as refusal:
+        limits(**wrong)
+    assert refusal.value.param in wrong
+
+
+# Prefix sharing
+
+
+def test_equal_prefixes_are_computed_once():
+    driver = Driver(SMALL)
+    driver.submit(range(10), max_tokens=2)
+    driver.run()
+    driver.submit([*range(10), 40, 41], max_tokens=2)
+    plan = driver.turn()
+    assert driver.work(plan) == [(2, 8, 4)]
+    assert plan.work[0].pages[:2] == driver.plans[0].work[0].pages[:2]
+    driver.run()
+    assert driver.done[1].cached_tokens == 0
+    assert driver.done[2].cached_tokens == 8
+    driver.assert_all_as_alone()
+
+
+def test_a_running_sequence_shares_its_pages():
+    driver = Driver(limits(step_tokens=32))
+    driver.submit(range(8), max_tokens=9)
+    driver.plan()
+    driver.submit([*range(8), 9])
+    driver.plan()
+    assert driver.plans[1].work[-1].start == 0  # not before the step is committed
+    driver.commit()
+    driver.submit([*range(8), 8])
+    driver.plan()
+    assert driver.plans[2].work[-1].start == 8
+    driver.run()
+    driver.assert_all_as_alone()
+
+
+def test_a_fully_known_prompt_still_runs_its_last_token():
+    driver = Driver(SMALL)
+    for _ in range(2):
+        driver.submit(range(8), max_tokens=1)
+        driver.run()
+    assert driver.work(driver.plans[1]) == [(2, 4, 4)]
+    driver.assert_all_as_alone()
+
+
+def test_output_is_shared_with_the_next_turn_of_a_conversation():
+    driver = Driver(SMALL)
+    driver.submit(range(4), max_tokens=9)
+    driver.run()
+    driver.submit([*range(4), *driver.outputs[1], 5, 6], max_tokens=1)
+    driver.run()
+    assert driver.done[2].cached_tokens == 12
+
+
+def test_salts_do_not_mix():
+    driver = Driver(SMALL)
+    for salt in ("alice", "bob", "alice"):
+        driver.submit(range(10), salt=salt)
+        driver.run()
+    assert [driver.done[i].cached_tokens for i in (1, 2, 3)] == [0, 0, 8]
+
+
+def test_concurrent_equal_prompts_keep_private_copies():
+    driver = Driver(limits(step_tokens=32))
+    driver.submit(range(9), max_tokens=3)
+    driver.submit(range(9), max_tokens=3, seed=1)
+    driver.run()
+    assert driver.scheduler.stats().pages_cached == 2
+    driver.assert_all_as_alone()
+
+
+def test_the_longest_unused_prefix_is_forgotten_first_and_from_its_end():
+    driver = Driver(limits(num_pages=6))
+    for start in (10, 20):  # two pages each stay
+        driver.submit(range(start, start + 8), max_tokens=1)
+        driver.run()
+    driver.submit([*range(10, 18), 0], max_tokens=1)  # 10.. is younger now
+    driver.run()
+    driver.submit(range(30, 42), max_tokens=1)  # takes the two free ones and one of 20..
+    driver.run()
+    for start, cached in ((10, 8), (20, 4)):
+        assert len(driver.scheduler._books.match(probe(driver, start))) * 4 == cached
+
+
+def probe(driver, start):
+    from fastserve_jax.core.sequence import Sequence
+
+    request = Request(999, (*range(start, start + 8), 0), Sampling(max_tokens=1))
+    seq = Sequence(request, list(request.prompt))
+    driver.scheduler._books._extend_chain(seq, 9)
+    return seq
+
+
+def test_prompt_logprobs_compute_every_prompt_position():
+    driver = Driver(SMALL)
+    driver.submit(range(10))
+    driver.run()
+    driver.submit(range(10), prompt_logprobs=0)
+    driver.run()
+    assert driver.done[2].cached_tokens == 0
+    driver.assert_all_as_alone()
+    chain = link(7, 0)
+    assert driver.scored[2][0].logprob == score(chain, 1)
+
+
+# Preemption
+
+
+def pressed(policy="fcfs", **kwargs):
+    """Two sequences that fit together only at first."""
+    driver = Driver(limits(num_pages=8), policy, **kwargs)
+    driver.submit(range(6), max_tokens=20)
+    driver.submit(range(20, 26), max_tokens=20)
+    return driver
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("policy", ["fcfs", "mlfq"])
+def test_memory_pressure_preempts_and_resumes_exactly(policy, overlap):
+    driver = pressed(policy, overlap=overlap)
+    driver.run()
+    assert driver.scheduler.stats().preemptions >= 1
+    driver.assert_all_as_alone()
+
+
+def test_the_lowest_rank_makes_room_and_keeps_its_token_in_flight():
+    driver = pressed()
+    driver.until_preempted()
+    assert [row[0] for plan, _ in driver.in_flight for row in driver.work(plan)] == [1, 2]
+    known = len(driver.outputs[2])
+    driver.commit()
+    assert len(driver.outputs[2]) == known + 1
+    while driver.device.admitted.count(2) < 2:
+        driver.turn()
+    again = next(a for plan in driver.plans[1:] for a in plan.admissions)
+    assert len(again.tokens) == 7 + known
+    assert again.prompt_tokens == 6
+    driver.run()
+    assert driver.device.admitted.count(1) == 1
+    driver.assert_all_as_alone()
+
+
+def test_a_preempted_sequence_resumes_from_its_pages_where_they_last():
+    driver = pressed()
+    driver.run()
+    resumed = [w for p in driver.plans for a in p.admissions[:1] for w in p.work
+               if w.request_id == a.request_id and len(a.tokens) > 6]  # fmt: skip
+    assert resumed
+    assert resumed[0].start > 0
+    assert driver.done[2].cached_tokens == 0  # its prompt was not in the cache when it came
+
+
+def test_prompt_logprobs_survive_preemption_without_repeats():
+    driver = Driver(limits(num_pages=10, step_tokens=4), "mlfq")
+    driver.submit(range(30), max_tokens=2, prompt_logprobs=0)
+    for _ in range(3):
+        driver.turn()
+    driver.submit(range(40, 50), max_tokens=2, priority=-1)
+    driver.run()
+    assert driver.device.admitted == [1, 2, 1]
+    driver.assert_all_as_alone()
+
+
+def test_no_two_sequences_evict_each_other_in_turn():
+    driver = Driver(limits(num_pages=9, max_slots=4, step_tokens=16))
+    for i in range(4):
+        driver.submit(range(10 * i, 10 * i + 6), max_tokens=24)
+    driver.run()
+    assert driver.scheduler.stats().preemptions <= 12
+    driver.assert_all_as_alone()
+
+
+def test_a_misfit_does_not_stop_those_behind_it():
+    driver = Driver(limits(num_pages=12, step_tokens=32))
+    driver.submit(range(16), max_tokens=8)
+    driver.turn()
+    driver.submit(range(20, 52), max_tokens=2)  # nine pages: not now
+    driver.submit([60, 61], max_tokens=2)
+    assert 3 in [row[0] for row in driver.work(driver.turn())]
+    driver.run()
+    driver.assert_all_as_alone()
+
+
+def test_a_large_request_is_not_overtaken_for_ever():
+    driver = Driver(limits(num_pages=12, step_tokens=32, max_slots=3))
+    driver.submit(range(8), max_tokens=10)
+    big = driver.submit(range(12, 50), max_tokens=6)
+    for i in range(200):
+        if big in driver.done:
+            break
+        if driver.scheduler.stats().waiting < 3:
+            driver.submit([i % 60, i % 7], max_tokens=6)
+        driver.turn()
+    assert big in driver.done
+    driver.run()
+    driver.assert_all_as_alone()
+
+
+def test_fcfs_never_takes_a_slot():
+    driver = Driver(limits(max_slots=1))
+    driver.submit([1, 2], max_tokens=9)
+    driver.turn()
+    driver.submit([3, 4], max_tokens=1, priority=-1)
+    driver.run()
+    assert driver.device.admitted == [1, 2]
+    assert driver.scheduler.stats().preemptions == 0
+
+
+def test_priority_orders_the_queue():
+    driver = Driver(limits(max_slots=1))
+    for priority in (2, 0, 1, 0):
+        driver.submit([1, 2], max_tokens=1, priority=priority)
+    driver.run()
+    assert driver.device.admitted == [2, 4, 3, 1]
+
+
+def test_stats_count_and_never_fall():
+    driver = pressed()
+    last = driver.scheduler.stats()
+    while driver.scheduler.live:
+        driver.turn()
+        stats = driver.scheduler.stats()
+        for counter in ("preemptions", "steps", "output_tokens", "computed_tokens", "busy_s"):
+            assert getattr(stats, counter) >= getattr(last, counter)
+        last = stats
+    assert last.output_tokens == 40
+    assert last.computed_tokens <= driver.device.positions_run
+    assert (last.submitted, last.finished, last.pages_total) == (2, 2, 8)
+    assert last.prefix_hit_tokens > 0
+
+
+def test_check_finds_a_lost_page():
+    driver = Driver(SMALL)
+    driver.submit(range(6))
+    driver.turn()
+    driver.scheduler._books.sequences[1].pages.pop()
+    with pytest.raises(AssertionError):
+        driver.scheduler.check()
+
+
+def test_a_result_without_the_sampled_token_is_our_bug():
+    driver = Driver(SMALL)
+    driver.submit([1, 2])
+    plan = driver.plan()
+    with pytest.raises(KeyError):
+        driver.scheduler.commit(plan, StepResult({7: Sampled(1)}), 0.0, 0.0)
