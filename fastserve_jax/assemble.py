@@ -116,7 +116,6 @@ def _limits(
 ) -> tuple[Limits, MemoryPlan]:
     engine: EngineSettings = settings.engine
     max_context = min(config.max_context, engine.max_context or MOST_CONTEXT)
-    free_bytes, fraction = free_memory(jax.devices()[0])
     plan = plan_memory(
         config,
         dtype,
@@ -126,8 +125,7 @@ def _limits(
         max_context=max_context,
         max_slots=engine.max_slots,
         step_tokens=engine.step_tokens,
-        free_bytes=free_bytes,
-        fraction=fraction,
+        free=free_memory(jax.devices()[0]),
     )
     limits = Limits(
         page_size=plan.page_size,

@@ -139,7 +139,7 @@ class Engine:
 
     @property
     def running(self) -> bool:
-        return self._task is not None and not self._task.done() and not self._closing
+        return self._task is not None and not self._closing and self._failure is None
 
     @property
     def failure(self) -> BaseException | None:
@@ -163,7 +163,7 @@ class Engine:
         Raises InvalidRequest, Overloaded or EngineFailed at entry, EngineFailed while reading.
         Leaving the block, by any way, ends the request and gives slot and pages back.
         """
-        if not self.running or self._failure is not None:
+        if not self.running:
             raise self._failed()
         self._scheduler.submit(request, self.time())
         stream = self._streams[request.id] = _Stream()
@@ -188,11 +188,10 @@ class Engine:
                 await self._turn()
             while self._steps:
                 await self._finish_step()
-        except asyncio.CancelledError as error:
+        except BaseException as error:
             self._failure = error
-            raise
-        except Exception as error:
-            self._failure = error
+            if not isinstance(error, Exception):
+                raise  # cancelled, or the process is being stopped
             _log.exception("the engine stopped")
         finally:
             for stream in self._streams.values():

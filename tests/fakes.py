@@ -187,7 +187,7 @@ class FakeDevice:
 
 class FakeRunner:
     """Executes each plan when it is dispatched and tells of it later: each step takes `delay_s`,
-    one after the other. The step numbered `fail_at` fails."""
+    one after the other. The step numbered `fail_at` fails, and so do all after it."""
 
     def __init__(
         self, device: FakeDevice, *, delay_s: float = 0.0, fail_at: int | None = None
@@ -202,13 +202,13 @@ class FakeRunner:
     def dispatch(self, plan: Plan) -> asyncio.Future[StepResult]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[StepResult] = loop.create_future()
-        self.in_flight += 1
-        self.most_in_flight = max(self.most_in_flight, self.in_flight)
         outcome: StepResult | Exception
-        if plan.step == self._fail_at:
+        if self._fail_at is not None and plan.step >= self._fail_at:
             outcome = RuntimeError("the device is on fire")
         else:
             outcome = self.device.run(plan)
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
         if self._delay_s:
             self._free_at = max(loop.time(), self._free_at) + self._delay_s
             loop.call_at(self._free_at, self._settle, future, outcome)

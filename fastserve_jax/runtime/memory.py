@@ -13,8 +13,17 @@ from fastserve_jax.errors import DoesNotFit
 from fastserve_jax.models.config import ModelConfig
 from pallas_kernels import KVLayout
 
-CPU_FRACTION = 0.1  # of free memory, for pages: a laptop has other uses for the rest
-DEVICE_FRACTION = 0.9  # of an accelerator's
+CPU_FRACTION = 0.05  # of free memory, for pages: a laptop has other uses for the rest
+CPU_GRAIN = 1  # its pool is a power of two, so that a start finds the programs of the one before
+DEVICE_FRACTION = 0.9  # of an accelerator's, where what is free at start hardly varies
+DEVICE_GRAIN = 16  # steps between two powers of two
+
+
+@dataclass(frozen=True, slots=True)
+class FreeMemory:
+    free_bytes: int
+    fraction: float  # of it that pages may take
+    grain: int  # a pool's pages are rounded down to 1 / grain of a power of two
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +60,9 @@ def plan_memory(
     max_context: int,
     max_slots: int,
     step_tokens: int,
-    free_bytes: int,
-    fraction: float,
+    free: FreeMemory,
 ) -> MemoryPlan:
-    """Sizes the KV pool; `num_pages` 0 takes what is free times `fraction`, never more than all
+    """Sizes the KV pool; `num_pages` 0 takes its fraction of what is free, never more than all
     slots at full context could use.
 
     Raises DoesNotFit, saying what would.
@@ -64,12 +72,12 @@ def plan_memory(
     widest = 2 * config.intermediate_size + config.hidden_size * 4
     work_bytes = 4 * (3 * max_slots * config.vocab_size + 2 * step_tokens * widest)
     one_request = -(-max_context // page_size)
-    left = free_bytes - weight_bytes - work_bytes
+    left = free.free_bytes - weight_bytes - work_bytes
     if num_pages == 0:
-        budget = int(min(left, free_bytes * fraction))
-        num_pages = max(budget // page_bytes, one_request)
+        budget = int(min(left, free.free_bytes * free.fraction))
+        num_pages = max(_round_down(budget // page_bytes, free.grain), one_request)
         num_pages = min(num_pages, one_request * max_slots)
-    plan = MemoryPlan(free_bytes, weight_bytes, work_bytes, page_bytes, num_pages, page_size)
+    plan = MemoryPlan(free.free_bytes, weight_bytes, work_bytes, page_bytes, num_pages, page_size)
     if plan.kv_bytes <= left:
         return plan
     fits = max(left, 0) // page_bytes
@@ -85,18 +93,24 @@ def plan_memory(
     )
 
 
-def free_memory(device: jax.Device) -> tuple[int, float]:
-    """Free bytes for this process on `device`, and the fraction of them that pages may take."""
+def _round_down(count: int, grain: int) -> int:
+    step = max(1, (1 << max(count, 1).bit_length() - 1) // grain)
+    return count // step * step
+
+
+def free_memory(device: jax.Device) -> FreeMemory:
+    """What this process may still take on `device`."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"], DEVICE_FRACTION
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+        return FreeMemory(free, DEVICE_FRACTION, DEVICE_GRAIN)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():  # what the kernel could free counts too
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
-    return min(free, _group_limit()), CPU_FRACTION
+    return FreeMemory(min(free, _group_limit()), CPU_FRACTION, CPU_GRAIN)
 
 
 def _group_limit() -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import secrets
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -102,10 +103,12 @@ async def encode_chat(
         raise InvalidRequest(
             "this model has no chat template: use /v1/completions", code="no_chat_template"
         )
-    size = sum(len(str(turn["content"])) for turn in turns)
-    if size > LONG_TEXT_CHARS:
-        return await asyncio.to_thread(template.encode, turns, tools, add_generation_prompt)
-    return template.encode(turns, tools, add_generation_prompt)
+    encode = functools.partial(
+        template.encode, turns, tools=tools, add_generation_prompt=add_generation_prompt
+    )
+    if sum(len(str(turn["content"])) for turn in turns) > LONG_TEXT_CHARS:
+        return await asyncio.to_thread(encode)
+    return encode()
 
 
 def output_limit(served: Served, prompt: list[int], limit: int | None, default: int | None) -> int:

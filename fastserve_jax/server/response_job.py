@@ -63,8 +63,9 @@ class ResponseJob:
         try:
             async with self.job.events() as events:
                 async for batch in events:
+                    shown = list(self.job.shown(events, batch))
                     out = [] if made.count else made.opening()
-                    for _, _, text in self.job.shown(events, batch):
+                    for _, _, text in shown:
                         records = output_logprobs(tokenizer, choice.take_records())
                         if text or records:
                             self.part.text += text

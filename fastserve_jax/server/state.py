@@ -59,9 +59,9 @@ class ChatTemplate(Protocol):
     def encode(
         self,
         messages: Sequence[ChatTurn],
+        *,
         tools: Sequence[dict[str, object]] | None = None,
         add_generation_prompt: bool = True,
-        /,
     ) -> list[int]: ...
 
 

@@ -81,8 +81,8 @@ class _Session:
                 async for message in self._socket:
                     if message.type is not WSMsgType.TEXT:
                         await self._refuse(InvalidRequest("frames are JSON texts"), None)
-                    elif (lane := await self._take(message.data)) is not None:
-                        task = tasks.create_task(self._work(lane[0]))
+                    elif (asked := await self._take(message.data)) is not None:
+                        task = tasks.create_task(self._work(asked))
                         running.add(task)
                         task.add_done_callback(running.discard)
             finally:
@@ -94,8 +94,8 @@ class _Session:
         await self._quiet.wait()
         await self._socket.close(code=WSCloseCode.GOING_AWAY, message=b"server shutting down")
 
-    async def _take(self, frame: str) -> tuple[str | None] | None:
-        """Queue a frame on its lane. The lane's name, in a tuple, if it has to be started."""
+    async def _take(self, frame: str) -> SocketRequest | None:
+        """Read a frame. It is queued if its lane is busy, and given back if it opens one."""
         name = None
         try:
             asked = wire.decode(frame, SocketRequest)
@@ -112,15 +112,15 @@ class _Session:
         except FastServeError as error:
             await self._refuse(error, name)
             return None
-        self._lanes[name] = deque([asked])
+        self._lanes[name] = deque()
         self._quiet.clear()
-        return (name,)
+        return asked
 
-    async def _work(self, name: str | None) -> None:
+    async def _work(self, first: SocketRequest) -> None:
+        name, asked = first.stream_id, first
         lane = self._lanes[name]
         try:
-            while lane:
-                asked = lane.popleft()
+            while True:
                 try:
                     with self._state.work():
                         await self._respond(asked)
@@ -131,6 +131,9 @@ class _Session:
                 except Exception:
                     _log.exception("a WebSocket response failed")
                     await self._refuse(FastServeError("the server failed on this request"), name)
+                if not lane:
+                    return
+                asked = lane.popleft()
         finally:
             del self._lanes[name]
             if not self._lanes:

@@ -129,7 +129,7 @@ class _Settings:
         """`ids` finds a token by text; `begins_with` tells what the file itself does with BOS."""
         bos = ids.get(self.named.get("bos_token", ""))
         eos = ids.get(self.named.get("eos_token", ""))
-        control |= {id for id in (bos, eos, *self.ends) if id is not None and id < len(pieces)}
+        control |= {id for id in (bos, eos) if id is not None}
         texts = {pieces[id].decode("utf-8", "replace"): id for id in control}
         add_bos = self.config.get("add_bos_token")
         if not isinstance(add_bos, bool):

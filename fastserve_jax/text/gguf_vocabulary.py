@@ -30,10 +30,13 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
     """Raises ModelFileError for a vocabulary of an unknown kind or with parts missing."""
     source = _Metadata(metadata)
     kind = source.get("model")
-    if kind == "llama":
-        return _sentencepiece(source)
-    if kind == "gpt2":
-        return _byte_level(source)
+    try:
+        if kind == "llama":
+            return _sentencepiece(source)
+        if kind == "gpt2":
+            return _byte_level(source)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ModelFileError(f"malformed tokenizer metadata: {error!r}") from error
     raise ModelFileError(f"tokenizer model {kind!r} is not known; llama and gpt2 are")
 
 

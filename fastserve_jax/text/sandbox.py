@@ -73,6 +73,12 @@ class _Metered(NodeTransformer):
             operand.expr = _through(operand.expr, "_weighed")
         return node
 
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):  # compiled to Python's own, past `getitem`
+            node.node = _through(node.node, "_copied")
+        return node
+
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         return _through(nodes.List(node.nodes, lineno=node.lineno), "_concatenated")
@@ -109,6 +115,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "replace": self._replace,
             "tojson": self._tojson,
             "_concatenated": self._concatenated,
+            "_copied": self._copied,
             "_steps": self._steps,
             "_weighed": self._weighed,
         }
@@ -176,10 +183,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """None: str.format is a method like any other, and not among the allowed."""
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        if isinstance(argument, slice):
-            self.budget.pass_over(obj)
-        else:
-            self.budget.weigh(argument)  # it will be hashed
+        self.budget.weigh(argument)  # it will be hashed
         return super().getitem(obj, argument)
 
     def _paid(
@@ -198,6 +202,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _weighed(self, value: Any) -> Any:
         self.budget.weigh(value)
+        return value
+
+    def _copied(self, value: Any) -> Any:
+        self.budget.pass_over(value)
         return value
 
     def _steps(self, values: Iterable[Any]) -> Iterator[Any]:

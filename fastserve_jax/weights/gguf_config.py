@@ -53,7 +53,7 @@ class _Fields:
         return value
 
     def _bad(self, key: str, value: object) -> ModelFileError:
-        return ModelFileError(f"{self.file.path}: {self.arch}.{key} is {str(value)[:40]!r}")
+        return ModelFileError(f"{self.file.path}: {self.arch}.{key} is {repr(value)[:40]}")
 
 
 def read_config(file: GgufFile) -> tuple[ModelConfig, Names]:

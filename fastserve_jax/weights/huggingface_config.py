@@ -58,7 +58,7 @@ class _Settings:
         return value
 
     def bad(self, key: str, value: object) -> ModelFileError:
-        return ModelFileError(f"{self.path}: {key} is {str(value)[:40]!r}")
+        return ModelFileError(f"{self.path}: {key} is {repr(value)[:40]}")
 
 
 def read_folder_config(folder: Path) -> tuple[ModelConfig, Names]:

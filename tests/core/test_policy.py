@@ -105,7 +105,7 @@ def test_fcfs_ranks_by_priority_then_arrival_for_ever():
 def test_policies_are_made_by_name():
     assert not make_policy("fcfs").preempts
     assert make_policy("mlfq").preempts
-    with pytest.raises(ConfigError, match="'best'.*fcfs, mlfq"):
+    with pytest.raises(ConfigError, match=r"'best'.*fcfs, mlfq"):
         make_policy("best")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -10,15 +11,17 @@ from typing import ClassVar
 
 import aiohttp
 
+from fastserve_jax.api.sse import EventParser, ServerEvent
 from fastserve_jax.core.policy import FirstComeFirstServed
 from fastserve_jax.core.scheduler import Limits, Scheduler
+from fastserve_jax.core.types import Request, Sampling
 from fastserve_jax.engine import Engine
 from fastserve_jax.metrics import Metrics
 from fastserve_jax.server.config import ServerConfig
 from fastserve_jax.server.lifecycle import listening
 from fastserve_jax.server.state import Served, ServerState
 
-from ..fakes import VOCAB, FakeDevice, FakeRunner
+from ..fakes import VOCAB, FakeDevice, FakeRunner, alone
 
 MODEL = "fake-model"
 BOS, EOS = 0, 1
@@ -84,6 +87,7 @@ class FakeTemplate:
     def encode(
         self,
         messages: Sequence[dict[str, object]],
+        *,
         tools: Sequence[dict[str, object]] | None = None,
         add_generation_prompt: bool = True,
     ) -> list[int]:
@@ -112,9 +116,12 @@ class Kit:
             assert answer.status == status, await answer.text()
             return await answer.json()
 
-    def empty(self) -> bool:
+    async def quiet(self) -> None:
+        """Fails unless the engine comes to own nothing."""
+        async with asyncio.timeout(10):
+            await self.engine.drain()
         stats = self.engine.stats()
-        return not (stats.running or stats.waiting or stats.ending or stats.pages_used)
+        assert (stats.running, stats.waiting, stats.ending, stats.pages_used) == (0, 0, 0, 0)
 
 
 @asynccontextmanager
@@ -150,3 +157,19 @@ async def kit(
 
 def token_ids(text: str) -> list[int]:
     return LetterTokenizer().encode(text)
+
+
+def answer_to(prompt: list[int], seed: int, max_tokens: int, eos: bool = True) -> tuple[str, str]:
+    """(text, finish reason) that the fake device must lead to, worked out without the server."""
+    stop_ids = frozenset({EOS}) if eos else frozenset[int]()
+    sampling = Sampling(max_tokens=max_tokens, seed=seed, stop_ids=stop_ids)
+    tokens, finish = alone(Request(0, tuple(prompt), sampling))
+    shown = [token for token in tokens if token not in stop_ids]
+    return LetterTokenizer().decode(shown), finish.value
+
+
+async def events_of(answer: aiohttp.ClientResponse) -> list[ServerEvent]:
+    """All server-sent events of a streamed answer."""
+    assert answer.status == 200, await answer.text()
+    assert answer.content_type == "text/event-stream"
+    return EventParser().push(await answer.read())

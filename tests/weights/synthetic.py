@@ -104,7 +104,9 @@ def gguf_tensors(family: str, arrays: Arrays) -> Arrays:
             q, k, v = split_rows(array)
             if family == "llama":
                 q, k = interleaved(q, HEADS), interleaved(k, KV_HEADS)
-            stored |= {f"{at}attn_{n}.{ending}": part for n, part in zip("qkv", (q, k, v))}
+            stored |= {
+                f"{at}attn_{n}.{ending}": part for n, part in zip("qkv", (q, k, v), strict=True)
+            }
         elif kind == "mlp.gate_up":
             gate, up = np.split(array, 2)
             stored |= {f"{at}ffn_gate.{ending}": gate, f"{at}ffn_up.{ending}": up}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -195,4 +194,3 @@ def test_the_default_model_is_what_it_says(model_path: Any) -> None:
     assert (config.num_layers, config.hidden_size, config.num_heads) == (30, 576, 9)
     assert (config.num_kv_heads, config.head_dim, config.max_context) == (3, 64, 8192)
     assert (config.rope_base, config.vocab_size, config.tied_head) == (100_000.0, 49152, True)
-    assert "torch" not in sys.modules

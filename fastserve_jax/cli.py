@@ -1,0 +1,200 @@
+"""The command line. Few flags, everything else in TOML; errors are one line and exit status 2."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+from platformdirs import user_cache_path
+
+from fastserve_jax.errors import FastServeError
+
+if TYPE_CHECKING:
+    from fastserve_jax.config import Settings
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+app = App(
+    name="fastserve",
+    help="Serve language models on CPU, GPU and TPU with JAX.",
+    version_flags=["--version"],
+)
+
+Set = Annotated[
+    tuple[str, ...],
+    Parameter(name="--set", negative=(), help="A setting, as section.name=value; may be repeated."),
+]
+Config = Annotated[Path | None, Parameter(help="A TOML file of settings (see configs/serve/).")]
+Dtype = Annotated[str | None, Parameter(help="auto, bf16 or f32: of weights and KV pages.")]
+
+
+def cache_folder() -> Path:
+    """Where models and compiled programs are kept; FASTSERVE_CACHE overrides the system's place."""
+    chosen = os.environ.get("FASTSERVE_CACHE")
+    return Path(chosen) if chosen else user_cache_path("fastserve")
+
+
+@app.command
+def serve(
+    model: str = DEFAULT_MODEL,
+    /,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    api_key: str | None = None,
+    dtype: Dtype = None,
+    policy: str | None = None,
+    max_context: int | None = None,
+    max_slots: int | None = None,
+    config: Config = None,
+    set_: Set = (),
+) -> None:
+    """Serve MODEL over an OpenAI-compatible API.
+
+    Parameters
+    ----------
+    model
+        A catalogue name (see `fastserve models`), a .gguf file, a Hugging Face folder, or
+        hf:org/name.
+    host
+        Address to listen on; 0.0.0.0 for all.
+    port
+        Port to listen on; 0 takes a free one.
+    api_key
+        Clients must send it as a bearer token; also read from FASTSERVE_API_KEY.
+    policy
+        fcfs or mlfq: who goes first.
+    max_context
+        Tokens of prompt and output that one request may have.
+    max_slots
+        Requests that run together in one step.
+    """
+    from fastserve_jax.serve import serve_model
+
+    key = api_key or os.environ.get("FASTSERVE_API_KEY")
+    settings = _settings(
+        config,
+        set_,
+        **{
+            "server.host": host,
+            "server.port": port,
+            "model.dtype": dtype,
+            "engine.policy": policy,
+            "engine.max_context": max_context,
+            "engine.max_slots": max_slots,
+        },
+    )
+    if key:
+        settings = replace(settings, server=replace(settings.server, api_keys=(key,)))
+    sys.exit(asyncio.run(serve_model(model, settings, cache_folder())))
+
+
+@app.command
+def generate(
+    prompt: str,
+    model: str = DEFAULT_MODEL,
+    /,
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    dtype: Dtype = None,
+    config: Config = None,
+    set_: Set = (),
+) -> None:
+    """Complete PROMPT with MODEL here, without a server, as it is written (no chat template)."""
+    from fastserve_jax.local import Local
+
+    settings = _settings(config, (*_LOCAL, *set_), **{"model.dtype": dtype})
+    with Local(model, settings, cache_folder()) as local:
+        local.complete(prompt, max_tokens, temperature, seed)
+
+
+@app.command
+def chat(
+    model: str = DEFAULT_MODEL,
+    /,
+    *,
+    max_tokens: int = 512,
+    temperature: float = 0.7,
+    system: str | None = None,
+    dtype: Dtype = None,
+    config: Config = None,
+    set_: Set = (),
+) -> None:
+    """Talk with MODEL in the terminal, without a server. An empty line or Ctrl-D ends it."""
+    from fastserve_jax.local import Local
+
+    settings = _settings(config, (*_LOCAL, *set_), **{"model.dtype": dtype})
+    with Local(model, settings, cache_folder()) as local:
+        local.converse(system, max_tokens, temperature)
+
+
+@app.command
+def pull(model: str = DEFAULT_MODEL, /) -> None:
+    """Download MODEL into the cache and check it."""
+    from fastserve_jax.terminal import Bars
+    from fastserve_jax.weights.load import open_model
+
+    with Bars() as bars:
+        files = open_model(model, cache_folder(), bars.pull)
+        bars.opened(files)
+    print(files.path)
+
+
+@app.command
+def models() -> None:
+    """List the catalogue, and what is here already."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from fastserve_jax.weights.catalogue import read_catalogue
+    from fastserve_jax.weights.pull import model_file
+
+    name = Column("model", no_wrap=True)
+    table = Table(name, "size", "licence", "here", "what it is", box=None, pad_edge=False)
+    for model, entry in sorted(read_catalogue().items()):
+        here = "yes" if model_file(entry, cache_folder()).exists() else "no"
+        size = f"{entry.size_bytes / 1e6:,.0f} MB"
+        table.add_row(model, size, entry.licence, here, entry.description)
+    Console().print(table)
+
+
+@app.command
+def doctor() -> None:
+    """Say what this machine has, and what stands in the way of serving."""
+    from fastserve_jax.doctor import findings
+
+    for line in findings(cache_folder()):
+        print(line)
+
+
+# One or two sequences at a time: fewer programs to compile than a server needs.
+_LOCAL = ("engine.max_slots=4", "engine.step_tokens=128")
+
+
+def _settings(config: Path | None, sets: tuple[str, ...], **flags: object) -> Settings:
+    """Flags over --set over the file."""
+    from fastserve_jax.config import load_settings
+
+    given = [f"{name}={value}" for name, value in flags.items() if value is not None]
+    return load_settings(config, (*sets, *given))
+
+
+def main(run: Callable[[], object] = app) -> None:
+    began = time.perf_counter()
+    try:
+        run()
+    except FastServeError as error:
+        print(f"fastserve: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\nstopped after {time.perf_counter() - began:.0f} s", file=sys.stderr)
+        sys.exit(130)

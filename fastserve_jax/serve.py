@@ -1,0 +1,125 @@
+"""`fastserve serve`: listens at once, loads beside it, and is ready when every program is compiled.
+
+While loading, /health answers and /ready and all work get 503. Joins server, engine and device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from fastserve_jax.assemble import Loaded, load
+from fastserve_jax.config import Settings
+from fastserve_jax.engine import Engine
+from fastserve_jax.metrics import Metrics
+from fastserve_jax.runtime.compile import CompileCounter
+from fastserve_jax.server.lifecycle import serve
+from fastserve_jax.server.state import Served, ServerState
+from fastserve_jax.terminal import Bars, console, ready_lines
+
+
+async def serve_model(
+    reference: str,
+    settings: Settings,
+    cache_dir: Path,
+    stop: asyncio.Event | None = None,
+    on_ready: Callable[[str], None] = lambda url: None,
+) -> int:
+    """Serve until a signal or `stop`. Returns the exit status; raises OperatorErrors.
+
+    `on_ready` gets the URL once the model takes work.
+    """
+    began = time.perf_counter()
+    stop = stop or asyncio.Event()
+    metrics = Metrics(reference)
+    state = ServerState(settings.server, metrics)
+    url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    server = asyncio.create_task(serve(state, url.set_result, stop), name="server")
+    try:
+        with Bars() as bars:
+            loading = _in_thread(lambda: load(reference, settings, cache_dir, bars))
+            both: set[asyncio.Future[bool] | asyncio.Future[Loaded]] = {server, loading}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            return await _left_early(server)
+        with loading.result().runner, CompileCounter() as counter:
+            loaded = loading.result()
+            metrics.model_name = loaded.name
+            metrics.observe(_device_numbers(loaded, counter, time.perf_counter() - began))
+            async with loaded.engine(metrics.step) as engine:
+                metrics.watch_engine(engine.stats, loaded.limits.page_size)
+                state.ready(_served(loaded, engine))
+                address = await url
+                console.print(
+                    ready_lines(
+                        loaded.name,
+                        address,
+                        time.perf_counter() - began,
+                        chat=loaded.tokenizer.chat_template is not None,
+                        key=bool(settings.server.api_keys),
+                    ),
+                    soft_wrap=True,
+                )
+                on_ready(address)
+                finished = await server
+        return 0 if finished else 1
+    finally:
+        stop.set()
+        await asyncio.wait({server})
+
+
+def _served(loaded: Loaded, engine: Engine) -> Served:
+    return Served(
+        name=loaded.name,
+        engine=engine,
+        tokenizer=loaded.tokenizer,
+        context=loaded.limits.max_context,
+        template=loaded.template,
+    )
+
+
+def _device_numbers(
+    loaded: Loaded, counter: CompileCounter, startup_s: float
+) -> Callable[[], Mapping[str, float]]:
+    return lambda: {
+        "recompiles_after_ready_total": counter.compiles,
+        "compiled_programs": loaded.programs,
+        "compile_seconds": loaded.compile_s,
+        "startup_seconds": startup_s,
+    }
+
+
+def _in_thread[T](work: Callable[[], T]) -> asyncio.Future[T]:
+    """Like asyncio.to_thread, but a process that ends does not wait for it."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        try:
+            outcome, error = work(), None
+        except BaseException as caught:
+            outcome, error = None, caught
+        try:
+            loop.call_soon_threadsafe(settle, outcome, error)
+        except RuntimeError:
+            return  # the loop is closed: nobody waits
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return future
+
+
+async def _left_early(server: asyncio.Task[bool]) -> int:
+    """Stopped while loading, or the address was taken. A compilation cannot be interrupted."""
+    await server  # raises what kept it from listening
+    console.print("stopped while loading")
+    os._exit(0)

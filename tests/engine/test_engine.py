@@ -1,0 +1,331 @@
+"""The engine in real asyncio, on the checking device: streams, endings, failures, nothing left."""
+
+import asyncio
+import random
+from contextlib import AsyncExitStack
+
+import pytest
+
+from fastserve_jax.core.policy import make_policy
+from fastserve_jax.core.scheduler import Limits, Scheduler
+from fastserve_jax.core.types import DoneEvent, Finish, PromptEvent, Request, Sampling, TokenEvent
+from fastserve_jax.engine import Engine
+from fastserve_jax.errors import EngineFailed, InvalidRequest, Overloaded
+from tests.fakes import VOCAB, FakeDevice, FakeRunner, alone
+
+LIMITS = Limits(page_size=4, num_pages=48, max_slots=8, step_tokens=24, max_context=64)
+
+
+class House:
+    """An engine with everything a test wants to look at."""
+
+    def __init__(self, limits=LIMITS, policy="fcfs", *, overlap=True, delay_s=0.0, fail_at=None):
+        self.scheduler = Scheduler(limits, make_policy(policy))
+        self.device = FakeDevice(limits)
+        self.runner = FakeRunner(self.device, delay_s=delay_s, fail_at=fail_at)
+        self.records = []
+        self.engine = Engine(
+            self.scheduler, self.runner, overlap=overlap, on_step=self.records.append
+        )
+
+    async def __aenter__(self):
+        self.tasks = asyncio.all_tasks()
+        await self.engine.__aenter__()
+        return self
+
+    async def __aexit__(self, *exit_info):
+        await self.engine.__aexit__(*exit_info)
+        self.scheduler.check()
+        assert self.runner.in_flight == 0, "a step was left behind"
+        assert asyncio.all_tasks() <= self.tasks, "a task was left behind"
+
+    def request(self, prompt=(1, 2, 3), max_tokens=4, **rest) -> Request:
+        deadline = rest.pop("deadline", None)
+        return Request(
+            self.engine.new_id(), tuple(prompt), Sampling(max_tokens, **rest), deadline=deadline
+        )
+
+    async def ask(self, request: Request) -> tuple[list[int], Finish]:
+        async with self.engine.stream(request) as events:
+            received = [event async for event in events]
+        *_, done = received
+        assert isinstance(done, DoneEvent)
+        tokens = [event.token for event in received if isinstance(event, TokenEvent)]
+        assert done.output_tokens == len(tokens)
+        return tokens, done.reason
+
+    async def assert_empty(self) -> None:
+        await asyncio.wait_for(self.engine.drain(), 5)
+        stats = self.engine.stats()
+        assert (stats.running, stats.waiting, stats.ending, stats.pages_used) == (0, 0, 0, 0)
+
+
+async def test_a_stream_gives_prompt_scores_tokens_and_the_end():
+    async with House() as house:
+        request = house.request(prompt_logprobs=0, logprobs=2)
+        async with house.engine.stream(request) as events:
+            received = [event async for event in events]
+        assert [type(event) for event in received] == [PromptEvent, *[TokenEvent] * 4, DoneEvent]
+        assert [event.token for event in received[1:-1]] == alone(request)[0]
+        assert len(received[1].top) == 2
+        await house.assert_empty()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("policy", ["fcfs", "mlfq"])
+async def test_a_hundred_clients_some_leaving_early(policy, overlap):
+    rng = random.Random(5)
+
+    async def client(house, request, leaves_after):
+        async with house.engine.stream(request) as events:
+            tokens = []
+            async for event in events:
+                if isinstance(event, TokenEvent):
+                    tokens.append(event.token)
+                if leaves_after is not None and len(tokens) == leaves_after:
+                    return
+        assert tokens == alone(request)[0]
+
+    async with House(policy=policy, overlap=overlap) as house:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(100):
+                prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))]
+                stops = frozenset(rng.sample(range(VOCAB), 2))
+                request = house.request(prompt, rng.randint(1, 30), stop_ids=stops)
+                leaves_after = rng.choice([None, None, 0, 3])
+                group.create_task(client(house, request, leaves_after))
+                if rng.random() < 0.3:
+                    await asyncio.sleep(0)
+        await house.assert_empty()
+        assert house.runner.most_in_flight == (2 if overlap else 1)
+        assert house.scheduler.stats().preemptions > 0
+
+
+async def test_entry_raises_what_the_scheduler_refuses():
+    limits = Limits(page_size=4, num_pages=48, max_slots=1, step_tokens=8, max_queue=1)
+    async with House(limits, delay_s=0.01) as house:
+        with pytest.raises(InvalidRequest):
+            async with house.engine.stream(house.request(prompt=())):
+                pytest.fail("entered")
+        async with house.engine.stream(house.request(max_tokens=30)) as events:
+            await anext(events)
+            async with house.engine.stream(house.request()):
+                with pytest.raises(Overloaded):
+                    async with house.engine.stream(house.request()):
+                        pytest.fail("entered")
+        await house.assert_empty()
+
+
+@pytest.mark.parametrize("fail_at", [0, 1, 4])
+async def test_a_runner_failure_reaches_everybody(fail_at, caplog):
+    async with House(fail_at=fail_at, delay_s=0.001) as house:
+        outcomes = await asyncio.gather(
+            *(house.ask(house.request((i,), 30)) for i in range(12)), return_exceptions=True
+        )
+        assert all(isinstance(outcome, EngineFailed) for outcome in outcomes)
+        assert {str(outcome.__cause__) for outcome in outcomes} == {"the device is on fire"}
+        assert str(house.engine.failure) == "the device is on fire"
+        assert not house.engine.running
+        with pytest.raises(EngineFailed) as refusal:
+            await house.ask(house.request())
+        assert refusal.value.__cause__ is house.engine.failure
+        await asyncio.wait_for(house.engine.drain(), 5)
+    assert "the device is on fire" in caplog.text
+
+
+async def test_tokens_before_a_failure_are_delivered_first():
+    async with House(fail_at=3, overlap=False) as house:
+        tokens = []
+        with pytest.raises(EngineFailed):
+            async with house.engine.stream(house.request(max_tokens=9)) as events:
+                tokens = [event.token async for event in events]
+        async with AsyncExitStack() as stack:
+            with pytest.raises(EngineFailed):
+                await stack.enter_async_context(house.engine.stream(house.request()))
+    assert tokens == []
+
+
+async def test_our_own_bug_reaches_everybody_too(monkeypatch):
+    def commit(*_):
+        raise AssertionError("the books do not balance")
+
+    async with House() as house:
+        monkeypatch.setattr(house.scheduler, "commit", commit)
+        with pytest.raises(EngineFailed) as failed:
+            await house.ask(house.request())
+        assert str(failed.value.__cause__) == "the books do not balance"
+
+
+async def test_a_dispatch_that_raises_is_a_failure(monkeypatch):
+    async with House() as house:
+        monkeypatch.setattr(house.runner, "dispatch", lambda plan: 1 / 0)
+        with pytest.raises(EngineFailed) as failed:
+            await house.ask(house.request())
+        assert isinstance(failed.value.__cause__, ZeroDivisionError)
+
+
+async def test_cancelling_a_client_gives_everything_back():
+    async with House(delay_s=0.005) as house:
+        clients = [asyncio.create_task(house.ask(house.request((i,), 40))) for i in range(20)]
+        await asyncio.sleep(0.02)
+        for client in clients:
+            client.cancel()
+        outcomes = await asyncio.gather(*clients, return_exceptions=True)
+        assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
+        await house.assert_empty()
+
+
+async def test_cancelling_a_client_in_the_middle_of_a_wait_leaves_others_alone():
+    async with House(delay_s=0.002) as house:
+        stays, goes = house.request(max_tokens=20), house.request((9,), 20)
+        staying = asyncio.create_task(house.ask(stays))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(house.ask(goes), 0.01)
+        assert await staying == alone(stays)
+        await house.assert_empty()
+
+
+async def test_leaving_the_engine_ends_open_streams_and_waits_for_the_step_in_flight():
+    house = House(delay_s=0.02)
+    async with house:
+        client = asyncio.create_task(house.ask(house.request(max_tokens=50)))
+        await asyncio.sleep(0.03)
+        assert house.runner.in_flight
+    assert house.runner.in_flight == 0
+    with pytest.raises(EngineFailed, match="not running"):
+        await client
+    with pytest.raises(EngineFailed):
+        await house.ask(house.request())
+    assert house.scheduler.live == 0
+    assert house.scheduler.stats().pages_used == 0
+
+
+async def test_cancelling_the_owner_in_mid_step_waits_for_it():
+    house = House(delay_s=0.02)
+
+    async def serve():
+        async with house:
+            await house.ask(house.request(max_tokens=50))
+
+    server = asyncio.create_task(serve())
+    await asyncio.sleep(0.03)
+    assert house.runner.in_flight
+    server.cancel()
+    await asyncio.sleep(0)
+    server.cancel()  # impatient
+    with pytest.raises(asyncio.CancelledError):
+        await server
+    assert house.runner.in_flight == 0
+
+
+async def test_cancelling_the_engine_task_itself_is_not_silent():
+    async with House(delay_s=0.02) as house:
+        client = asyncio.create_task(house.ask(house.request(max_tokens=50)))
+        await asyncio.sleep(0.03)
+        (task,) = (task for task in asyncio.all_tasks() if task.get_name() == "engine")
+        task.cancel()
+        with pytest.raises(EngineFailed) as failed:
+            await client
+        assert isinstance(failed.value.__cause__, asyncio.CancelledError)
+
+
+async def test_deadlines_end_running_and_waiting_requests():
+    limits = Limits(page_size=4, num_pages=48, max_slots=1, step_tokens=8)
+    async with House(limits, delay_s=0.005) as house:
+        soon = house.engine.time() + 0.04
+        running = house.request(max_tokens=100, deadline=soon)
+        waiting = house.request((7,), max_tokens=100, deadline=soon)
+        (tokens, reason), (none, other) = await asyncio.gather(
+            house.ask(running), house.ask(waiting)
+        )
+        assert (reason, other) == (Finish.DEADLINE, Finish.DEADLINE)
+        assert tokens == alone(running)[0][: len(tokens)]
+        assert none == []
+        await house.assert_empty()
+
+
+async def test_drain_waits_for_the_last_request():
+    async with House(delay_s=0.002) as house:
+        await asyncio.wait_for(house.engine.drain(), 1)  # nothing to wait for
+        client = asyncio.create_task(house.ask(house.request(max_tokens=10)))
+        await asyncio.sleep(0)
+        await asyncio.wait_for(house.engine.drain(), 5)
+        assert (await client)[1] is Finish.LENGTH
+        await house.assert_empty()
+
+
+async def test_an_idle_engine_does_nothing_and_wakes_at_once(monkeypatch):
+    async with House() as house:
+        turns = 0
+        plan = house.scheduler.plan
+
+        def counted(now):
+            nonlocal turns
+            turns += 1
+            return plan(now)
+
+        monkeypatch.setattr(house.scheduler, "plan", counted)
+        await asyncio.sleep(0.05)
+        assert turns <= 1  # as it starts
+        await house.ask(house.request())
+        after = turns
+        await asyncio.sleep(0.05)
+        assert turns <= after + 2
+    assert after < 20
+
+
+async def test_a_reader_that_never_reads_holds_nobody_up():
+    async with House() as house:
+        async with house.engine.stream(house.request(max_tokens=40)) as unread:
+            other = house.request((5,), 40)
+            assert await house.ask(other) == alone(other)
+            await house.assert_empty()
+            kept = [event async for event in unread]
+        assert len(kept) == 41
+
+
+async def test_a_runner_that_answers_at_once_lets_others_run():
+    class Instant:
+        def __init__(self, device):
+            self.device = device
+
+        async def dispatch(self, plan):  # a coroutine is an awaitable too
+            return self.device.run(plan)
+
+    house = House()
+    house.engine = Engine(house.scheduler, Instant(house.device))
+    ticks = 0
+
+    async def ticker():
+        nonlocal ticks
+        while True:
+            ticks += 1
+            await asyncio.sleep(0)
+
+    async with house:
+        other = asyncio.create_task(ticker())
+        request = house.request(max_tokens=40)
+        assert await house.ask(request) == alone(request)
+        other.cancel()
+    assert ticks > 40
+
+
+async def test_steps_are_recorded():
+    async with House() as house:
+        await house.ask(house.request(range(30), 3))
+        records = house.records
+    assert [record.step for record in records] == list(range(len(records)))
+    assert [(r.rows, r.tokens, r.prefill_tokens) for r in records] == [
+        (1, 24, 24),
+        (1, 6, 6),
+        (1, 1, 0),
+        (1, 1, 0),
+    ]
+    assert all(record.elapsed_s >= 0 for record in records)
+    assert records[-1].stats.output_tokens == 3
+
+
+async def test_an_engine_that_was_not_started_refuses():
+    house = House()
+    with pytest.raises(EngineFailed, match="not running"):
+        await house.ask(house.request())
