@@ -151,10 +151,11 @@ async def load(url: str, clients: int, tokens: int, seconds: float) -> float:
     request = f"{head}Content-Type: application/json\r\n\r\n".encode() + body
     start = time.monotonic()
     loop = asyncio.get_running_loop()
+    host, port = address.hostname, address.port
+    assert host is not None
+    assert port is not None
     made = [
-        await loop.create_connection(
-            lambda: Load(request, start + seconds), address.hostname, address.port
-        )
+        await loop.create_connection(lambda: Load(request, start + seconds), host, port)
         for _ in range(clients)
     ]
     await asyncio.gather(*(client.done for _, client in made))

@@ -215,10 +215,7 @@ class AsyncClient:
                 raise DeadlineExceeded("the server did not answer in time") from error
             async with answer:
                 if answer.status < 400:
-                    try:
-                        yield answer
-                    finally:
-                        answer.close()  # whatever is unread is not wanted
+                    yield answer
                     return
                 failure = await _failure(answer)
             asked_s = failure.retry_after_s
@@ -313,6 +310,7 @@ class ResponseSocket:
         await self._connection.close()
 
     async def _read(self) -> None:
+        why = "the WebSocket has closed"
         try:
             async for message in self._connection:
                 event = msgspec.json.decode(message.data, type=AnyEvent | SocketError)
@@ -323,8 +321,10 @@ class ResponseSocket:
                     await queue.put(error_from(event.status, event.error))
                 else:
                     await queue.put(event)
+        except msgspec.DecodeError as error:
+            why = f"the server sent what is no event: {error}"
         finally:
-            self._lost = EngineFailed("the WebSocket has closed")
+            self._lost = EngineFailed(why)
             for queue in self._lanes.values():
                 if queue.full():
                     queue.get_nowait()

@@ -136,7 +136,6 @@ class Metrics(Collector):
         self.generation_tokens = 0
         self.sockets_open = 0
         self.sockets_total = 0
-        self.slow_readers: Callable[[], int] = int
         self._stats: Callable[[], Stats] | None = None
         self._page_size = 0
         self._sources: list[Callable[[], Mapping[str, float]]] = []
@@ -195,9 +194,6 @@ class Metrics(Collector):
         yield self._by("admission_rejections", "Requests refused.", "reason", self.rejected)
         yield self._family("websocket_connections_active", "Now open.", self.sockets_open)
         yield self._family("websocket_connections_total", "Ever opened.", self.sockets_total)
-        yield self._family(
-            "slow_readers_dropped_total", "Connections that did not read.", self.slow_readers()
-        )
         for name, (_, text) in HISTOGRAMS.items():
             histogram = HistogramMetricFamily(f"fastserve:{name}", text, labels=["model_name"])
             buckets, total = self.histograms[name].buckets()

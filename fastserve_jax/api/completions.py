@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import msgspec
 from msgspec import UNSET, UnsetType
 
@@ -12,7 +14,15 @@ from fastserve_jax.errors import InvalidRequest
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 PromptTokens = str | list[int]
-PromptLogprobs = list[dict[str, "PromptLogprob"] | None]
+
+
+class PromptLogprob(msgspec.Struct):
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]  # by token id, for each prompt token
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
@@ -27,21 +37,21 @@ class CompletionRequest(SamplingFields, kw_only=True):
     return_token_ids: bool | None = None
     user: str | None = None
 
-    def prompts(self) -> list[PromptTokens]:
-        """Each prompt as given. Raises InvalidRequest for an empty or mixed one."""
+    def prompts(self, max_prompts: int) -> list[PromptTokens]:
+        """Each prompt as given. Raises InvalidRequest for an empty or mixed one, or too many."""
         given = self.prompt
         if isinstance(given, str):
             prompts: list[PromptTokens] = [given]
-        elif all(type(item) is int for item in given):
-            prompts = [[item for item in given if isinstance(item, int)]]
+        elif (kinds := set(map(type, given))) == {int}:
+            prompts = [cast(list[int], given)]
+        elif len(kinds) > 1:
+            raise InvalidRequest("prompt mixes texts and token ids", param="prompt")
         else:
-            prompts = [item for item in given if not isinstance(item, int)]
-            if len(prompts) != len(given):
-                raise InvalidRequest("prompt mixes token ids with other items", param="prompt")
-            if len({type(item) for item in prompts}) > 1:
-                raise InvalidRequest("prompt mixes texts and token ids", param="prompt")
-        if not all(prompts):
+            prompts = cast(list[PromptTokens], given)
+        if not prompts or not all(prompts):
             raise InvalidRequest("prompt must not be empty", param="prompt")
+        if len(prompts) > max_prompts:
+            raise InvalidRequest(f"at most {max_prompts} prompts in one request", param="prompt")
         return prompts
 
     def check(self) -> None:
@@ -52,12 +62,6 @@ class CompletionRequest(SamplingFields, kw_only=True):
             )
         if self.stream and self.prompt_logprobs is not None:
             raise InvalidRequest("prompt_logprobs needs stream: false", param="prompt_logprobs")
-
-
-class PromptLogprob(msgspec.Struct):
-    logprob: float
-    rank: int | None
-    decoded_token: str
 
 
 class CompletionLogprobs(msgspec.Struct):

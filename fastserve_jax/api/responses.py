@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -190,7 +191,7 @@ class Response(msgspec.Struct, kw_only=True):
     temperature: float
     text: TextSettings = msgspec.field(default_factory=TextSettings)
     tool_choice: str = "auto"
-    tools: list[object] = msgspec.field(default_factory=list)
+    tools: list[Any] = msgspec.field(default_factory=list)
     top_logprobs: int | None = None
     top_p: float
     truncation: str = "disabled"

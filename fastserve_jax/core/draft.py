@@ -113,16 +113,15 @@ class Draft:
 
     def _is_open(self) -> bool:
         """Whether looking at the next waiting sequence can come to anything."""
-        books = self._books
+        books, head = self._books, self._books.waiting.peek()
         slot_free = self._claimed_slots < len(books.free_slots)
-        if slot_free and not self._budget:
+        if head is None or not (self._budget if slot_free else self._policy.preempts):
             return False
-        if slot_free and self._claimed_pages < books.index.available:
+        candidates = self._candidates
+        if candidates and candidates[-1].rank > head.rank:
             return True
-        head = books.waiting.peek()
-        if head is None or not (slot_free or self._policy.preempts):
-            return False
-        return bool(self._candidates) and self._candidates[-1].rank > head.rank
+        betters = len(candidates) + len(self._admissions)  # see _admit
+        return slot_free and books.index.available - self._claimed_pages > betters
 
     def _chunk(self, seq: Sequence) -> None:
         count = min(seq.left, self._budget)

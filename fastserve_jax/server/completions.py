@@ -52,7 +52,7 @@ async def _prepare(
     state: ServerState, served: Served, asked: CompletionRequest, timeout_header: str | None
 ) -> tuple[Job, _Answer]:
     add_special = asked.add_special_tokens is not False
-    given = asked.prompts()
+    given = asked.prompts(state.config.max_choices)
     prompts = [
         await encode_text(served, prompt, add_special) if isinstance(prompt, str) else prompt
         for prompt in given

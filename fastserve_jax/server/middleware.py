@@ -63,7 +63,9 @@ async def _answered(request: web.Request, handler: Handler) -> web.StreamRespons
     try:
         answer = await handler(request)
     except FastServeError as error:
-        answer = error_answer(_counted(request.app[STATE], error))
+        if request.path not in PROBES:
+            _count(request.app[STATE], error)
+        answer = error_answer(error)
     except web.HTTPException as error:
         answer = _http_fault(request, error)
     except ConnectionError:
@@ -79,11 +81,10 @@ async def _answered(request: web.Request, handler: Handler) -> web.StreamRespons
         return answer
 
 
-def _counted(state: ServerState, error: FastServeError) -> FastServeError:
+def _count(state: ServerState, error: FastServeError) -> None:
     if error.status in (429, 503):
         reason = "queue_full" if state.phase is Phase.READY else state.phase.value
         state.metrics.rejected[reason] += 1
-    return error
 
 
 def _http_fault(request: web.Request, fault: web.HTTPException) -> web.Response:
@@ -129,4 +130,5 @@ async def stamp(request: web.Request, answer: web.StreamResponse) -> None:
     answer.headers["X-Request-Id"] = request.get(REQUEST_ID, "")
     answer.headers["X-Content-Type-Options"] = "nosniff"
     if request.app[STATE].draining.is_set() and answer.status != 101:
+        answer.headers["Connection"] = "close"
         answer.force_close()

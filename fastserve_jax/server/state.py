@@ -96,6 +96,7 @@ class ServerState:
         self.metrics = metrics
         self.phase = Phase.LOADING
         self.slow_readers = SlowReaders(config.send_timeout_s)
+        metrics.observe(lambda: {"slow_readers_dropped_total": self.slow_readers.dropped})
         self.responses = ResponseStore(
             config.stored_responses, config.stored_bytes, config.stored_ttl_s
         )

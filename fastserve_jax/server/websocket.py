@@ -11,6 +11,7 @@ import logging
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from contextlib import aclosing
+from urllib.parse import urlsplit
 
 from aiohttp import WSCloseCode, WSMsgType, web
 from msgspec import UNSET
@@ -38,6 +39,7 @@ async def connect(request: web.Request) -> web.StreamResponse:
         fault = InvalidRequest("POST a response, or open a WebSocket here", code="upgrade_required")
         fault.status = 426
         raise fault
+    _same_origin(request)
     state.served  # noqa: B018  (raises while no work is taken)
     if state.metrics.sockets_open >= state.config.max_sockets:
         raise Overloaded(f"all {state.config.max_sockets} WebSocket connections are in use")
@@ -56,6 +58,15 @@ async def connect(request: web.Request) -> web.StreamResponse:
     finally:
         state.slow_readers.leave(gate)
     return socket
+
+
+def _same_origin(request: web.Request) -> None:
+    """Browsers let any page open a WebSocket to any host; only a page of this host may."""
+    origin = request.headers.get("Origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("Host"):
+        fault = InvalidRequest("a page of another origin may not connect", code="invalid_origin")
+        fault.status = 403
+        raise fault
 
 
 class _Session:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from jinja2.exceptions import TemplateError
 
@@ -156,22 +157,25 @@ def _each_text(value: object, change: Callable[[str], str], depth: int = 0) -> o
 
 def _breaker(controls: Sequence[str]) -> Callable[[str, str], str]:
     """A function that puts a sentinel behind the first letter of every control token in a text,
-    and of a beginning of one at its end, which the next text could complete."""
+    and of every beginning of one at its end, which the text that follows could complete.
+
+    Case is ignored and spaces at the end are looked past: a template may lower or trim.
+    """
     if not controls:
         return lambda text, sentinel: text
     starts = "|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in controls)
-    whole = re.compile(starts)
-    beginnings = {text[:end] for text in controls for end in range(1, len(text))}
+    whole = re.compile(starts, re.IGNORECASE)
+    beginnings = {text[:end].lower() for text in controls for end in range(1, len(text))}
     longest = max(map(len, beginnings))
 
     def broken(text: str, sentinel: str) -> str:
-        text = whole.sub(lambda match: match[0] + sentinel, text)
-        kept = text.rstrip()  # a template may trim what it is given
-        for length in range(min(longest, len(kept)), 0, -1):
-            if kept[-length:] in beginnings:
-                at = len(kept) - length + 1
-                return text[:at] + sentinel + text[at:]
-        return text
+        kept = text.rstrip()
+        marks = {match.end() for match in whole.finditer(text)}
+        for length in range(1, min(longest, len(kept)) + 1):
+            if kept[-length:].lower() in beginnings:
+                marks.add(len(kept) - length + 1)
+        cuts = [0, *sorted(marks), len(text)]
+        return sentinel.join(text[at:end] for at, end in pairwise(cuts))
 
     return broken
 

@@ -41,6 +41,7 @@ _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4
 _MAX_ARRAY_DEPTH = 2
+_PIECE = 1 << 18  # values dequantised at a time
 _NATIVE: dict[GGMLQuantizationType, np.dtype[Any]] = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
     GGMLQuantizationType.F16: np.dtype(np.float16),
@@ -91,14 +92,23 @@ class GgufFile:
             if entry.type is GGMLQuantizationType.F64:
                 array = array.astype(np.float32)
             return array.reshape(entry.shape)
-        raw = np.frombuffer(self._data, np.uint8, entry.size_bytes, entry.offset_bytes)
-        rows = math.prod(entry.shape[:-1])
         try:
-            values: NDArray[np.float32] = dequantize(raw.reshape(rows, -1), entry.type)
+            return self._dequantised(entry)
         except NotImplementedError as error:
             raise ModelFileError(
                 f"{self.path}: {name} is stored as {entry.type.name}, which cannot be read"
             ) from error
+
+    def _dequantised(self, entry: TensorEntry) -> NDArray[np.float32]:
+        """Piece by piece: the pieces' many temporaries then stay small and in cache."""
+        block, block_bytes = GGML_QUANT_SIZES[entry.type]
+        raw = np.frombuffer(self._data, np.uint8, entry.size_bytes, entry.offset_bytes)
+        values = np.empty(math.prod(entry.shape), np.float32)
+        step = _PIECE // block
+        for first in range(0, len(raw) // block_bytes, step):
+            piece = raw[first * block_bytes : (first + step) * block_bytes]
+            floats = dequantize(piece.reshape(1, -1), entry.type)
+            values[first * block : (first + step) * block] = floats[0]
         return values.reshape(entry.shape)
 
 

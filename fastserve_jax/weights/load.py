@@ -28,7 +28,7 @@ from fastserve_jax.weights.huggingface_config import read_folder_config
 from fastserve_jax.weights.names import Names
 from fastserve_jax.weights.pull import Progress, fetch, silent
 
-_AHEAD = 2  # parameters made ready while one is in use, and threads that make them
+_AHEAD = 1  # parameters made ready while one is in use, by a thread
 
 
 class TensorSource(Protocol):
@@ -65,7 +65,7 @@ class ModelFiles:
         """
         wanted = {name: self._stored(name) for name in shapes}
         self._check_complete(wanted)
-        with ThreadPoolExecutor(_AHEAD, thread_name_prefix="weights") as pool:
+        with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
             ahead: deque[tuple[str, Future[NDArray[Any]]]] = deque()
             try:
                 for name, stored in wanted.items():

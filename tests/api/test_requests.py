@@ -33,13 +33,15 @@ def response(**fields: object) -> ResponseRequest:
     ],
 )
 def test_the_four_forms_of_a_prompt(prompt, prompts):
-    assert completion(prompt=prompt).prompts() == prompts
+    assert completion(prompt=prompt).prompts(4) == prompts
 
 
-@pytest.mark.parametrize("prompt", ["", [], [""], [[]], [[1], []], ["a", 1], ["a", [1]], ["a", ""]])
+@pytest.mark.parametrize(
+    "prompt", ["", [], [""], [[]], [[1], []], ["a", 1], ["a", [1]], ["a", ""], ["a"] * 5]
+)
 def test_empty_and_mixed_prompts_are_refused(prompt):
     with pytest.raises(InvalidRequest) as caught:
-        completion(prompt=prompt).prompts()
+        completion(prompt=prompt).prompts(4)
     assert caught.value.param == "prompt"
 
 

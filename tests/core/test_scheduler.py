@@ -460,6 +460,17 @@ def test_no_two_sequences_evict_each_other_in_turn():
     driver.assert_all_as_alone()
 
 
+def test_the_better_rank_takes_the_last_page_and_the_other_stands_still():
+    driver = Driver(limits(num_pages=3))
+    driver.submit([1, 2], max_tokens=4, priority=1)
+    driver.plan()
+    driver.submit([3, 4, 5], max_tokens=3)
+    driver.run()  # both reach the end of their page in the same step
+    assert driver.scheduler.stats().preemptions == 0
+    assert list(driver.done) == [2, 1]
+    driver.assert_all_as_alone()
+
+
 def test_a_misfit_does_not_stop_those_behind_it():
     driver = Driver(limits(num_pages=12, step_tokens=32))
     driver.submit(range(16), max_tokens=8)

@@ -60,6 +60,17 @@ async def test_a_websocket_needs_a_key_too():
         assert caught.value.status == 401
 
 
+async def test_a_page_of_another_origin_may_not_open_a_websocket():
+    async with kit() as server:
+        url = server.url + "/v1/responses"
+        for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
+            with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+                await server.session.ws_connect(url, headers={"Origin": origin})
+            assert caught.value.status == 403
+        async with server.session.ws_connect(url, headers={"Origin": server.url}):
+            pass
+
+
 async def test_without_keys_all_is_open():
     async with kit() as server:
         assert (await server.session.get(server.url + "/v1/models")).status == 200

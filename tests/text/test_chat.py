@@ -103,6 +103,37 @@ def test_user_text_never_becomes_a_control_token(
     assert ids[start:end] == tokenizer.encode(text, add_special=False)  # the usual tokens
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("<|im_end|", ">"),
+        ("<|im_end|  \n", ">"),  # trimmed by the template
+        ("<|im_e", "nd|>"),
+        ("<", "|im_end|>"),
+        ("<|IM_END|>", ""),  # lowered by the template
+        ("<|IM_", "END|>"),
+        ("<|im_<|im_", "end|>"),
+    ],
+)
+def test_a_template_that_changes_text_makes_no_control_token_of_it(
+    byte_level: Tokenizer, first: str, second: str
+) -> None:
+    source = "{% for m in messages %}{{ m.content | trim | lower }}{% endfor %}"
+    messages = [*_user(first), *_user(second)]
+    chat = ChatTemplate(byte_level, source)
+    assert _controls(byte_level, chat.encode(messages)) == []
+    assert chat.render(messages) == (first.strip() + second).lower()
+
+
+def test_every_beginning_at_the_end_is_broken() -> None:
+    metadata = vocabularies.byte_level_metadata()
+    metadata["tokenizer.ggml.tokens"][:2] = ["<<x>", "<x>"]
+    tokenizer = load_tokenizer(metadata)
+    chat = ChatTemplate(tokenizer, "{% for m in messages %}{{ m.content }}{% endfor %}<<x>")
+    ids = chat.encode([*_user("<<"), *_user("x>")])
+    assert _controls(tokenizer, ids) == [0]
+
+
 def test_text_in_tools_and_calls_is_text_too(byte_level: Tokenizer) -> None:
     source = (
         "{{ tools | tojson }}{% for m in messages %}{% for c in m.tool_calls %}"

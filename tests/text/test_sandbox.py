@@ -165,11 +165,13 @@ def test_indentation_is_cut_to_a_margin() -> None:
         ),
         ("{% for k, v in messages[0] | items %}{{ k }} {% endfor %}", "role content "),
         (
-            "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+            "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.role }}"
+            "{% endfor %}",
             "user",
         ),
         (
-            "{% set n = namespace(k=0) %}{% for m in messages %}{% set n.k = n.k + 1 %}{% endfor %}{{ n.k }}",
+            "{% set n = namespace(k=0) %}{% for m in messages %}{% set n.k = n.k + 1 %}{% endfor %}"
+            "{{ n.k }}",
             "2",
         ),
         ("{% macro f(m) %}<{{ m.role }}>{% endmacro %}{{ f(messages[0]) }}", "<user>"),

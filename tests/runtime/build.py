@@ -1,0 +1,23 @@
+"""A DeviceRunner over random parameters, compiled small."""
+
+import jax
+import jax.numpy as jnp
+
+from fastserve_jax.models.decoder import abstract, fill, parameters
+from fastserve_jax.runtime.compile import compile_all
+from fastserve_jax.runtime.runner import DeviceRunner
+from fastserve_jax.runtime.step import Steps, StepShape, lowerings
+from tests.models.oracle import random_parameters
+
+SHAPE = StepShape(max_slots=4, step_tokens=16, max_context=64, page_size=4, num_pages=48)
+
+
+def build_runner(config, shape=SHAPE, dtype=jnp.float32, seed=0):
+    """-> runner, float32 arrays by canonical name."""
+    graph, empty = abstract(config, dtype)
+    shapes = {name: struct.shape for name, struct in parameters(empty).items()}
+    arrays = random_parameters(shapes, seed)
+    params = fill(empty, {name: jnp.asarray(array, dtype) for name, array in arrays.items()})
+    programs = compile_all(lowerings(Steps(graph, config, shape), params, dtype))
+    assert isinstance(programs["admit"], jax.stages.Compiled)
+    return DeviceRunner(config, params, shape, programs, dtype), arrays
