@@ -68,7 +68,7 @@ def error_from(
 
 class AsyncClient:
     """Use as `async with`. Keyword fields are those of the request types in `fastserve_jax.api`;
-    `model` left out means the one model the server has.
+    `model` left out means the one that the server has.
 
     Methods raise the errors of `fastserve_jax.errors` that the server raised. A server that is
     busy or away is asked again up to `max_retries` times, never once tokens have arrived.
@@ -90,7 +90,6 @@ class AsyncClient:
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_timeout_s)
         self._backoff_s = backoff_s
         self._session: aiohttp.ClientSession | None = None
-        self._model: str | None = None
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(headers=self._headers, timeout=self._timeout)
@@ -111,19 +110,19 @@ class AsyncClient:
     async def complete(
         self, prompt: str | Sequence[int], *, model: str | None = None, **fields: Any
     ) -> Completion:
-        asked = await self._completion(prompt, model, fields)
+        asked = _completion(prompt, model, fields)
         return await self._call("POST", "/v1/completions", asked, Completion)
 
     async def chat(
         self, messages: Sequence[Message], *, model: str | None = None, **fields: Any
     ) -> ChatCompletion:
-        asked = await self._chat(messages, model, fields)
+        asked = _chat(messages, model, fields)
         return await self._call("POST", "/v1/chat/completions", asked, ChatCompletion)
 
     async def respond(
         self, input: str | list[Any], *, model: str | None = None, **fields: Any
     ) -> Response:
-        asked = ResponseRequest(model=model or await self._only_model(), input=input, **fields)
+        asked = ResponseRequest(model=model, input=input, **fields)
         return await self._call("POST", "/v1/responses", asked, Response)
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> TokenizeAnswer:
@@ -139,7 +138,7 @@ class AsyncClient:
         self, prompt: str | Sequence[int], *, model: str | None = None, **fields: Any
     ) -> AsyncIterator[AsyncIterator[Completion]]:
         """Chunks as they come. Leaving the block early ends the generation on the server."""
-        asked = await self._completion(prompt, model, {**fields, "stream": True})
+        asked = _completion(prompt, model, {**fields, "stream": True})
         async with self._open("POST", "/v1/completions", asked) as answer:
             yield _chunks(answer, Completion)
 
@@ -148,7 +147,7 @@ class AsyncClient:
         self, messages: Sequence[Message], *, model: str | None = None, **fields: Any
     ) -> AsyncIterator[AsyncIterator[ChatChunk]]:
         """Chunks as they come. Leaving the block early ends the generation on the server."""
-        asked = await self._chat(messages, model, {**fields, "stream": True})
+        asked = _chat(messages, model, {**fields, "stream": True})
         async with self._open("POST", "/v1/chat/completions", asked) as answer:
             yield _chunks(answer, ChatChunk)
 
@@ -156,38 +155,19 @@ class AsyncClient:
     async def websocket(self) -> AsyncIterator[ResponseSocket]:
         """A connection for many responses, one after the other or side by side."""
         assert self._session is not None, "AsyncClient is used as `async with`"
-        model = await self._only_model()
         try:
             connection = await self._session.ws_connect(self._base_url + "/v1/responses")
         except aiohttp.WSServerHandshakeError as error:
-            detail = wire.ErrorDetail(f"the WebSocket was refused: {error.message}", "server_error")
+            code = Unauthorized.code if error.status == Unauthorized.status else None
+            detail = wire.ErrorDetail("the WebSocket was refused", "server_error", code=code)
             raise error_from(error.status, detail) from error
         except aiohttp.ClientError as error:
             raise _unreachable(self._base_url, error) from error
-        socket = ResponseSocket(connection, model)
+        socket = ResponseSocket(connection)
         try:
             yield socket
         finally:
             await socket.close()
-
-    async def _only_model(self) -> str:
-        if self._model is None:
-            self._model = (await self.models())[0].id
-        return self._model
-
-    async def _completion(
-        self, prompt: str | Sequence[int], model: str | None, fields: dict[str, Any]
-    ) -> CompletionRequest:
-        given: str | list[str | int | list[int]] = (
-            prompt if isinstance(prompt, str) else list(prompt)
-        )
-        return CompletionRequest(model=model or await self._only_model(), prompt=given, **fields)
-
-    async def _chat(
-        self, messages: Sequence[Message], model: str | None, fields: dict[str, Any]
-    ) -> ChatRequest:
-        typed = [m if isinstance(m, ChatMessage) else ChatMessage(**m) for m in messages]
-        return ChatRequest(model=model or await self._only_model(), messages=typed, **fields)
 
     async def _call[T](self, method: str, path: str, body: object, kind: type[T]) -> T:
         async with self._open(method, path, body) as answer:
@@ -229,6 +209,18 @@ class AsyncClient:
         return max(backoff_s * random.uniform(0.75, 1.0), asked_s or 0.0)
 
 
+def _completion(
+    prompt: str | Sequence[int], model: str | None, fields: dict[str, Any]
+) -> CompletionRequest:
+    given: str | list[str | int | list[int]] = prompt if isinstance(prompt, str) else list(prompt)
+    return CompletionRequest(model=model, prompt=given, **fields)
+
+
+def _chat(messages: Sequence[Message], model: str | None, fields: dict[str, Any]) -> ChatRequest:
+    typed = [m if isinstance(m, ChatMessage) else ChatMessage(**m) for m in messages]
+    return ChatRequest(model=model, messages=typed, **fields)
+
+
 def _unreachable(url: str, error: Exception) -> FastServeError:
     return FastServeError(f"no server answers at {url}: {error}", code="unreachable")
 
@@ -267,9 +259,8 @@ async def _chunks[T](answer: aiohttp.ClientResponse, kind: type[T]) -> AsyncIter
 class ResponseSocket:
     """Responses over one WebSocket. Each call of `respond` is a lane of its own."""
 
-    def __init__(self, connection: aiohttp.ClientWebSocketResponse, model: str) -> None:
+    def __init__(self, connection: aiohttp.ClientWebSocketResponse) -> None:
         self._connection = connection
-        self._model = model
         self._lanes: dict[str, asyncio.Queue[AnyEvent | FastServeError]] = {}
         self._count = 0
         self._lost: FastServeError | None = None
@@ -287,7 +278,7 @@ class ResponseSocket:
         asked = SocketRequest(
             type="response.create",
             stream_id=lane,
-            model=model or self._model,
+            model=model,
             input=input,
             **fields,
         )

@@ -46,8 +46,8 @@ class ChatMessage(msgspec.Struct, kw_only=True):
 
 
 class ChatRequest(SamplingFields, kw_only=True):
-    model: str
     messages: list[ChatMessage]
+    model: str | None = None  # left out: the one that is served
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None

@@ -26,8 +26,8 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]  # by token id, for each 
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
-    model: str
     prompt: str | list[str | int | list[int]]
+    model: str | None = None  # left out: the one that is served
     max_tokens: int | None = None
     logprobs: int | None = None
     echo: bool | None = None

@@ -32,8 +32,8 @@ class TextSettings(msgspec.Struct, kw_only=True):
 
 
 class ResponseRequest(SamplingFields, kw_only=True):
-    model: str
     input: str | list[InputItem]
+    model: str | None = None  # left out: the one that is served
     instructions: str | None = None
     previous_response_id: str | None = None
     max_output_tokens: int | None = None

@@ -180,8 +180,6 @@ class Draft:
         """The lowest ranks whose leaving gives `seq` what it lacks; None if that is impossible."""
         books = self._books
         slots += self._claimed_slots - len(books.free_slots) - len(books.leaving)
-        if slots > 0 and not self._policy.preempts:
-            return None
         pages += self._claimed_pages - books.index.available + books.index.idle_among(keep)
         release = self._leaving_release.without(keep) if pages > 0 else books.pool.release()
         lower = self._candidates[bisect(self._candidates, seq.rank, key=by_rank) :]

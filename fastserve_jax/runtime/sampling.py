@@ -118,7 +118,6 @@ def draw(logits: jax.Array, state: SlotState, slots: jax.Array, positions: jax.A
     real = slots < state.seed.shape[0]
     rest = (array.at[slots].get(mode="fill", fill_value=0) for array in state[1:])
     own = SlotState(state.history, *rest)
-    finite = jnp.isfinite(jnp.max(logits, axis=-1))
     biased = (own.bias_ids < logits.shape[-1]) & (own.bias_until > positions[:, None])
     penalised = (own.repetition != 1) | (own.presence != 0) | (own.frequency != 0)
     penalised &= real
@@ -131,6 +130,7 @@ def draw(logits: jax.Array, state: SlotState, slots: jax.Array, positions: jax.A
     sampled = lax.cond(jnp.any(is_drawn), _sample, lambda *_: greedy, shaped, own, positions)
     tokens = jnp.where(is_drawn, sampled, greedy)
     scored = lax.cond(jnp.any(own.logprobs), score, _unscored, logits, tokens)
+    finite = jnp.isfinite(best[:, 0])  # a maximum passes NaN on
     return Drawn(jnp.where(finite, tokens, -1), *scored)
 
 

@@ -13,6 +13,7 @@ from itertools import pairwise
 from jinja2.exceptions import TemplateError
 
 from fastserve_jax.errors import InvalidRequest
+from fastserve_jax.text.matching import first_of
 from fastserve_jax.text.sandbox import Sandbox
 from fastserve_jax.text.tokenizer import Tokenizer
 
@@ -38,7 +39,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Tokenizer, source: str | None = None) -> None:
         self.source = source or tokenizer.chat_template or PLAIN_TEMPLATE
         self._tokenizer = tokenizer
-        self._break = _breaker([text for text in tokenizer.control_texts if len(text) > 1])
+        self._break = _breaker(tuple(tokenizer.control_texts))
         try:
             if len(self.source) > MAX_TEMPLATE_CHARS:
                 raise TemplateError(f"longer than {MAX_TEMPLATE_CHARS} characters")
@@ -163,8 +164,7 @@ def _breaker(controls: Sequence[str]) -> Callable[[str, str], str]:
     """
     if not controls:
         return lambda text, sentinel: text
-    starts = "|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in controls)
-    whole = re.compile(starts, re.IGNORECASE)
+    whole = re.compile(first_of(text.lower() for text in controls), re.IGNORECASE)
     beginnings = {text[:end].lower() for text in controls for end in range(1, len(text))}
     longest = max(map(len, beginnings))
 

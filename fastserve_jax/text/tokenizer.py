@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastserve_jax.errors import InvalidRequest
+from fastserve_jax.text.matching import any_of
 
 Encode = Callable[[str, bool], list[int]]  # (text, whether it opens the sequence), no specials
+
+_MAX_CONTROL_BYTES = 200  # a longer name is no name; templates cannot write it
 
 _new_decoder = codecs.getincrementaldecoder("utf-8")
 
@@ -57,10 +60,9 @@ class Tokenizer:
         self.control_texts: Mapping[str, int] = {
             vocabulary.pieces[id].decode("utf-8", "replace"): id
             for id in sorted(vocabulary.control, reverse=True)
-            if len(vocabulary.pieces[id]) > 1
+            if 1 < len(vocabulary.pieces[id]) <= _MAX_CONTROL_BYTES
         }
-        longest_first = sorted(self.control_texts, key=len, reverse=True)
-        self._controls = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        self._controls = re.compile(f"({any_of(self.control_texts)})")
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids; none is a control token but the BOS that `add_special` puts in front.

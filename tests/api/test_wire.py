@@ -23,7 +23,7 @@ from fastserve_jax.errors import InvalidRequest, Overloaded
         (b'{"model":"m","prompt":["a",null]}', "prompt[1]"),
         (b'{"model":"m","prompt":[[1,true]]}', "prompt[0][1]"),
         (b'{"model":"m"}', "prompt"),
-        (b'{"prompt":"x"}', "model"),
+        (b'{"model":5,"prompt":"x"}', "model"),
         (b'{"model":"m","prompt":"\xff\xfe"}', None),
         (b'{"model":"m","prompt":"\xed\xa0\x80"}', None),
         (b'{"model":"m","prompt":"\\ud800"}', None),

@@ -130,6 +130,20 @@ def test_a_short_newcomer_takes_the_slot_of_a_long_one():
     d.assert_all_as_alone()
 
 
+def test_each_newcomer_has_its_own_slot_made_free():
+    d = driver(max_slots=2, step_tokens=32)
+    for start in (0, 20):
+        d.submit(range(start, start + 12), max_tokens=30)
+    d.plan()
+    for token in (1, 2):
+        d.submit([token], max_tokens=1)
+    d.plan()
+    assert d.scheduler.stats().preemptions == 2
+    d.run()
+    assert sorted(d.device.admitted[2:4]) == [3, 4]
+    d.assert_all_as_alone()
+
+
 def test_a_cached_prompt_joins_higher():
     d = driver(max_slots=4)
     d.submit(range(13), max_tokens=1)
@@ -141,15 +155,13 @@ def test_a_cached_prompt_joins_higher():
 
 
 def test_recomputed_positions_are_not_charged():
-    d = driver(num_pages=24)
-    d.submit(range(13), max_tokens=40)  # level 3, the last
-    d.run()
+    limits = driver(num_pages=24, step_tokens=3).scheduler.limits
     fresh = []
     policy = mlfq(starve_s=1e9)
     charge = policy.charge
     policy.charge = lambda seq, tokens: (fresh.append(tokens), charge(seq, tokens))
-    d = Driver(d.scheduler.limits, policy)
-    d.submit(range(13), max_tokens=40)
+    d = Driver(limits, policy)
+    d.submit(range(13), max_tokens=40)  # level 3, the last
     for i in range(40):
         d.turn()
         if i % 8 == 0:
@@ -203,6 +215,19 @@ def test_queue_follows_ranks_as_they_change():
     assert len(queue) == 4
     assert [queue.pop().id for _ in range(4)] == [4, 3, 0, 2]
     assert queue.peek() is None
+
+
+def test_queue_passes_over_ranks_of_the_past():
+    queue = WaitingQueue()
+    seq, other = sequence(1), sequence(2)
+    for rank in ((1, 0, 1), (0, 0, 2)):
+        seq.rank = rank
+        queue.push(seq)
+    assert queue.pop() is seq
+    seq.rank, other.rank = (2, 0, 3), (1, 0, 4)
+    queue.push(seq)
+    queue.push(other)
+    assert [queue.pop().id, queue.pop().id] == [2, 1]
 
 
 def test_queue_sweeps_stale_entries_out():

@@ -471,6 +471,28 @@ def test_the_better_rank_takes_the_last_page_and_the_other_stands_still():
     driver.assert_all_as_alone()
 
 
+def test_nobody_enters_on_the_page_that_a_better_one_wants_next():
+    driver = Driver(limits(num_pages=4, step_tokens=16))
+    driver.submit(range(3), max_tokens=13)
+    driver.turn()
+    driver.submit(range(10, 19), max_tokens=3)  # would fit the three free pages exactly
+    driver.run()
+    assert driver.scheduler.stats().preemptions == 0
+    driver.assert_all_as_alone()
+
+
+def test_what_was_freed_for_one_is_not_taken_by_a_lesser():
+    driver = Driver(limits(num_pages=8, step_tokens=64))
+    driver.submit(range(17), max_tokens=3, priority=1)
+    driver.plan()
+    driver.submit(range(20, 45), max_tokens=3)  # seven pages: all but one
+    driver.submit(range(50, 55), max_tokens=2)  # two, and three are free
+    driver.run()
+    assert driver.scheduler.stats().preemptions == 1
+    assert driver.device.admitted == [1, 2, 3, 1]
+    driver.assert_all_as_alone()
+
+
 def test_a_misfit_does_not_stop_those_behind_it():
     driver = Driver(limits(num_pages=12, step_tokens=32))
     driver.submit(range(16), max_tokens=8)

@@ -244,6 +244,18 @@ async def test_deadlines_end_running_and_waiting_requests():
         await house.assert_empty()
 
 
+async def test_a_deadline_is_kept_while_nothing_can_run(monkeypatch):
+    async with House() as house:
+        monkeypatch.setattr(house.scheduler, "plan", lambda now: None)
+        request = house.request(deadline=house.engine.time() + 0.05)
+        client = asyncio.create_task(house.ask(request))
+        await asyncio.sleep(0.01)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(house.engine.drain(), 0.01)
+        assert await asyncio.wait_for(client, 5) == ([], Finish.DEADLINE)
+        await house.assert_empty()
+
+
 async def test_drain_waits_for_the_last_request():
     async with House(delay_s=0.002) as house:
         await asyncio.wait_for(house.engine.drain(), 1)  # nothing to wait for
@@ -284,16 +296,27 @@ async def test_a_reader_that_never_reads_holds_nobody_up():
         assert len(kept) == 41
 
 
-async def test_a_runner_that_answers_at_once_lets_others_run():
-    class Instant:
-        def __init__(self, device):
-            self.device = device
+class Instant:
+    """Has the result before it is asked for it."""
 
-        async def dispatch(self, plan):  # a coroutine is an awaitable too
-            return self.device.run(plan)
+    def __init__(self, device):
+        self.device = device
 
+    def dispatch(self, plan):
+        future = asyncio.get_running_loop().create_future()
+        future.set_result(self.device.run(plan))
+        return future
+
+
+class Coroutines(Instant):
+    async def dispatch(self, plan):
+        return self.device.run(plan)
+
+
+@pytest.mark.parametrize("runner", [Instant, Coroutines])
+async def test_a_runner_that_answers_at_once_lets_others_run(runner):
     house = House()
-    house.engine = Engine(house.scheduler, Instant(house.device))
+    house.engine = Engine(house.scheduler, runner(house.device))
     ticks = 0
 
     async def ticker():

@@ -5,7 +5,7 @@ from fastserve_jax.models.config import ModelConfig, RopeScaling
 _SMALL = {
     "vocab_size": 97,
     "hidden_size": 48,
-    "num_layers": 3,
+    "num_layers": 2,
     "num_heads": 6,
     "num_kv_heads": 2,
     "head_dim": 8,
@@ -20,7 +20,7 @@ FAMILIES = {
         "llama", **_SMALL, tied_head=False, rope_scaling=RopeScaling("llama3", 4.0, 1.0, 4.0, 32)
     ),
     "llama_linear": ModelConfig("llama", **_SMALL, rope_scaling=RopeScaling("linear", 2.0)),
-    "mistral_window": ModelConfig("llama", **_SMALL, windows=(9, 9, 9)),
+    "mistral_window": ModelConfig("llama", **_SMALL, windows=(9, 9)),
     "qwen2": ModelConfig("qwen2", **_SMALL, qkv_bias=True),
     "qwen3": ModelConfig("qwen3", **_SMALL, qk_norm=True),
     "gemma3": ModelConfig(
@@ -31,7 +31,7 @@ FAMILIES = {
         sandwich_norms=True,
         rope_base=1000.0,
         local_rope_base=50.0,
-        windows=(11, 11, 0),
+        windows=(11, 0),
         embedding_scale=48**0.5,
         attention_scale=0.2,
     ),

@@ -12,11 +12,12 @@ from tests.models.oracle import random_parameters
 SHAPE = StepShape(max_slots=4, step_tokens=16, max_context=64, page_size=4, num_pages=48)
 
 
-def build_runner(config, shape=SHAPE, dtype=jnp.float32, seed=0):
-    """-> runner, float32 arrays by canonical name."""
+def build_runner(config, shape=SHAPE, dtype=jnp.float32, seed=0, edit=lambda arrays: None):
+    """-> runner, float32 arrays by canonical name, after `edit` had its way with them."""
     graph, empty = abstract(config, dtype)
     shapes = {name: struct.shape for name, struct in parameters(empty).items()}
     arrays = random_parameters(shapes, seed)
+    edit(arrays)
     params = fill(empty, {name: jnp.asarray(array, dtype) for name, array in arrays.items()})
     programs = compile_all(lowerings(Steps(graph, config, shape), params, dtype))
     assert isinstance(programs["admit"], jax.stages.Compiled)

@@ -1,4 +1,4 @@
-"""Draws against numpy: what is cut, how often each token comes, and that neighbours are not felt."""
+"""Draws against numpy: what is cut, how often each token comes, and that no row feels another."""
 
 from dataclasses import replace
 
@@ -180,7 +180,7 @@ def test_bad_numbers_are_named_and_stay_in_their_row():
 
 def test_logprobs_of_the_token_and_its_rivals():
     logits = np.random.default_rng(3).normal(0, 2, (2, VOCAB)).astype(np.float32)
-    tokens, drawn = tokens_of(logits, [Sampling(1, temperature=0, logprobs=5), Sampling(1)])
+    _, drawn = tokens_of(logits, [Sampling(1, temperature=0, logprobs=5), Sampling(1)])
     plain = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
     best = np.argsort(-plain[0])[: sampling.MAX_TOP_LOGPROBS]
     np.testing.assert_array_equal(drawn.top_ids[0], best)

@@ -38,6 +38,12 @@ async def test_the_answer_is_the_devices_text_in_openais_shape():
         await server.quiet()
 
 
+async def test_the_model_may_be_left_out():
+    async with kit() as server:
+        answer = await server.json("/v1/completions", {"prompt": "hello", "max_tokens": 1})
+    assert answer["model"] == MODEL
+
+
 async def test_the_four_forms_of_a_prompt_agree():
     ids = token_ids("hello")
     async with kit() as server:
@@ -191,7 +197,7 @@ async def test_a_deadline_is_504_before_the_first_token_and_an_event_after():
         headers = {"X-Request-Timeout-Ms": "1"}
         async with await server.post("/v1/completions", body(), headers=headers) as answer:
             assert answer.status == 504
-        fields = body(max_tokens=400, ignore_eos=True, deadline_ms=400, stream=True)
+        fields = body(max_tokens=400, ignore_eos=True, deadline_ms=1000, stream=True)
         async with await server.post("/v1/completions", fields) as answer:
             events = await events_of(answer)
         assert len(events) > 1

@@ -1,0 +1,39 @@
+# make serve [MODEL=name] [PORT=8000]   bring up a server
+# make test                             run every test
+# Both make .venv first, on a machine that has Python 3.12 and nothing else.
+
+PYTHON ?= python3
+MODEL ?= smollm2-135m-instruct
+PORT ?= 8000
+BIN := .venv/bin
+
+.PHONY: install serve test lint clean
+
+install: .venv/installed
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+		{ echo "Python 3.12 or newer is needed: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/installed-dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ .venv/installed
+
+serve: install
+	$(BIN)/fastserve serve $(MODEL) --port $(PORT)
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv
