@@ -13,9 +13,11 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from jax.typing import DTypeLike
 
+from fastserve_jax.api.sampling import Defaults
 from fastserve_jax.config import EngineSettings, Settings
 from fastserve_jax.core.policy import make_policy
 from fastserve_jax.core.scheduler import Limits, Scheduler
@@ -64,6 +66,7 @@ class Loaded:
     runner: DeviceRunner
     tokenizer: Tokenizer
     template: ChatTemplate
+    defaults: Defaults
     compile_s: float
     programs: int
     settings: Settings
@@ -105,6 +108,7 @@ def load(
         runner=DeviceRunner(config, params, shape, programs, dtype),
         tokenizer=tokenizer,
         template=ChatTemplate(tokenizer),
+        defaults=msgspec.convert(dict(files.sampling), Defaults, strict=False),
         compile_s=time.perf_counter() - began,
         programs=len(programs),
         settings=settings,

@@ -77,8 +77,9 @@ def _served(loaded: Loaded, engine: Engine) -> Served:
         name=loaded.name,
         engine=engine,
         tokenizer=loaded.tokenizer,
-        context=loaded.limits.max_context,
+        context=min(loaded.limits.max_context, loaded.limits.page_size * loaded.limits.num_pages),
         template=loaded.template,
+        defaults=loaded.defaults,
     )
 
 

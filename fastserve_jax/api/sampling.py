@@ -76,6 +76,17 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Defaults:
+    """What leaving a field out means: OpenAI's values, unless the model's makers advise others."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelBounds:
     """What a request is measured against."""
 
@@ -83,6 +94,7 @@ class ModelBounds:
     context: int  # tokens, prompt and output together
     eos_ids: frozenset[int]
     max_choices: int = 128
+    defaults: Defaults = Defaults()
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,21 +205,24 @@ def to_sampling(
 
     `logprobs` and `prompt_logprobs` count alternatives, already in range.
     """
-    top_k = fields.top_k if fields.top_k is not None else 0
+    defaults = bounds.defaults
+    top_k = fields.top_k if fields.top_k is not None else defaults.top_k
     if top_k < -1:
         raise InvalidRequest("top_k must be positive, or 0 or -1 to keep all", param="top_k")
-    top_p = within("top_p", fields.top_p, 0, 1, 1.0)
+    top_p = within("top_p", fields.top_p, 0, 1, defaults.top_p)
     if top_p == 0:
         raise InvalidRequest("top_p must be greater than 0", param="top_p")
-    repetition = within("repetition_penalty", fields.repetition_penalty, 0, 10, 1.0)
+    repetition = within(
+        "repetition_penalty", fields.repetition_penalty, 0, 10, defaults.repetition_penalty
+    )
     if repetition == 0:
         raise InvalidRequest("repetition_penalty must be above 0", param="repetition_penalty")
     return Sampling(
         max_tokens=max_tokens,
-        temperature=within("temperature", fields.temperature, 0, 2, 1.0),
+        temperature=within("temperature", fields.temperature, 0, 2, defaults.temperature),
         top_k=min(max(top_k, 0), bounds.vocab_size),
         top_p=top_p,
-        min_p=within("min_p", fields.min_p, 0, 1, 0.0),
+        min_p=within("min_p", fields.min_p, 0, 1, defaults.min_p),
         repetition_penalty=repetition,
         presence_penalty=within("presence_penalty", fields.presence_penalty, -2, 2, 0.0),
         frequency_penalty=within("frequency_penalty", fields.frequency_penalty, -2, 2, 0.0),

@@ -18,7 +18,7 @@ from jax import lax
 
 from fastserve_jax.core.types import MAX_TOP_LOGPROBS, Admission
 
-MAX_BIASES = 320  # 300 of logit_bias, 20 stop ids held back by min_tokens
+MAX_BIASES = 352  # 300 of logit_bias, the rest stop ids held back by min_tokens
 CANDIDATES = 64  # a top_k or top_p cut within so many is found without a search
 _BLOCK = 512  # tokens per block of the two-level draw
 

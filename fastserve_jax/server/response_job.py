@@ -194,9 +194,9 @@ async def response_job(
         metadata=asked.metadata or {},
         previous_response_id=asked.previous_response_id,
         store=asked.store is not False,
-        temperature=1.0 if asked.temperature is None else asked.temperature,
+        temperature=served.defaults.temperature if asked.temperature is None else asked.temperature,
         tool_choice="none" if asked.tool_choice == "none" else "auto",
-        top_p=1.0 if asked.top_p is None else asked.top_p,
+        top_p=served.defaults.top_p if asked.top_p is None else asked.top_p,
         top_logprobs=asked.top_logprobs,
     )
     return ResponseJob(state, asked, owner, job, turns, response)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from fastserve_jax.api.chat import ChatTurn
-from fastserve_jax.api.sampling import ModelBounds
+from fastserve_jax.api.sampling import Defaults, ModelBounds
 from fastserve_jax.core.types import Event, Request
 from fastserve_jax.errors import EngineFailed, ModelNotFound, Overloaded
 from fastserve_jax.metrics import Metrics
@@ -74,6 +74,7 @@ class Served:
     tokenizer: Tokenizer
     context: int  # tokens, prompt and output together
     template: ChatTemplate | None = None
+    defaults: Defaults = field(default_factory=Defaults)
     created: int = field(default_factory=lambda: int(time.time()))  # unix seconds
 
     @property
@@ -164,4 +165,5 @@ def bounds(state: ServerState, served: Served) -> ModelBounds:
         context=served.context,
         eos_ids=frozenset(served.tokenizer.eos_ids),
         max_choices=state.config.max_choices,
+        defaults=served.defaults,
     )

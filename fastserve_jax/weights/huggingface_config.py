@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -245,3 +245,18 @@ _FAMILIES: dict[str, tuple[Callable[[_Settings], ModelConfig], Names]] = {
     "Gemma3ForCausalLM": (_gemma3, HF_GEMMA3),
     "GPT2LMHeadModel": (_gpt2, HF_GPT2),
 }
+
+
+_ADVISED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def read_sampling(folder: Path) -> Mapping[str, float]:
+    """What generation_config.json advises for sampling; nothing where it says not to sample."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return {}
+    values = read_json(path)
+    if values.get("do_sample") is False:
+        return {}
+    settings = _Settings(path, values)
+    return {key: settings.positive(key, values[key]) for key in _ADVISED if values.get(key)}

@@ -24,7 +24,7 @@ from fastserve_jax.weights.gguf import GgufFile
 from fastserve_jax.weights.gguf_config import read_config
 from fastserve_jax.weights.hub import fetch_snapshot
 from fastserve_jax.weights.huggingface import Folder
-from fastserve_jax.weights.huggingface_config import read_folder_config
+from fastserve_jax.weights.huggingface_config import read_folder_config, read_sampling
 from fastserve_jax.weights.names import Names
 from fastserve_jax.weights.pull import Progress, fetch, silent
 
@@ -45,7 +45,9 @@ class TensorSource(Protocol):
 class ModelFiles:
     """A model whose files are all here.
 
-    `tokenizer_source` is the GGUF's tokenizer.* metadata, or the folder.
+    `tokenizer_source` is the GGUF's tokenizer.* metadata, or the folder. `sampling` is what the
+    model's makers advise where a request leaves temperature, top_p, top_k, min_p or
+    repetition_penalty out.
     """
 
     name: str
@@ -54,6 +56,7 @@ class ModelFiles:
     licence: str
     notice: str
     tokenizer_source: Path | Mapping[str, object]
+    sampling: Mapping[str, float]
     _source: TensorSource = field(repr=False)
     _names: Names = field(repr=False)
 
@@ -145,7 +148,7 @@ def open_model(reference: str, cache_dir: Path, progress: Progress = silent) -> 
     if reference in catalogue:
         entry = catalogue[reference]
         model = open_gguf(fetch(entry, cache_dir, progress), entry.name)
-        return replace(model, licence=entry.licence, notice=entry.notice)
+        return replace(model, licence=entry.licence, notice=entry.notice, sampling=entry.sampling)
     if reference.startswith("hf:"):
         name = reference.removeprefix("hf:")
         return open_folder(fetch_snapshot(name), name)
@@ -175,6 +178,7 @@ def open_gguf(path: Path, name: str) -> ModelFiles:
         tokenizer_source={
             key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")
         },
+        sampling={},
         _source=file,
         _names=names,
     )
@@ -190,6 +194,7 @@ def open_folder(path: Path, name: str) -> ModelFiles:
         licence="",
         notice="",
         tokenizer_source=path,
+        sampling=read_sampling(path),
         _source=Folder(path, names),
         _names=names,
     )

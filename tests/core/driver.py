@@ -152,3 +152,23 @@ class Driver:
                     assert positions == list(range(1, len(request.prompt)))
             else:
                 assert self.outputs[request_id] == output[: done.output_tokens]
+
+
+def limits(**changes: int) -> Limits:
+    """Small ones, with `changes`."""
+    fields = {
+        "page_size": 4,
+        "num_pages": 64,
+        "max_slots": 4,
+        "step_tokens": 8,
+        "max_context": 64,
+    }
+    return Limits(**(fields | changes))
+
+
+def pressed(policy: str = "fcfs", *, overlap: int = 1) -> Driver:
+    """Two sequences that fit together only at first."""
+    driver = Driver(limits(num_pages=8), policy, overlap=overlap)
+    driver.submit(range(6), max_tokens=20)
+    driver.submit(range(20, 26), max_tokens=20)
+    return driver
