@@ -36,6 +36,8 @@ HISTOGRAMS: Mapping[str, tuple[tuple[float, ...], str]] = {
     "inter_token_latency_seconds": (SECONDS, "Between two tokens of one request."),
     "request_time_per_output_token_seconds": (SECONDS, "A request's mean time between tokens."),
     "e2e_request_latency_seconds": (SECONDS, "From a request's arrival to its end."),
+    "request_queue_time_seconds": (SECONDS, "From a request's arrival to its first step."),
+    "request_prefill_time_seconds": (SECONDS, "From a request's first step to its first token."),
     "request_decode_time_seconds": (SECONDS, "From a request's first token to its last."),
     "request_prompt_tokens": (TOKENS, "Prompt tokens of a finished request."),
     "request_generation_tokens": (TOKENS, "Output tokens of a finished request."),
@@ -80,15 +82,22 @@ class Histogram:
 class RequestMeter:
     """Times one engine request. `done` or, failing that, `close` ends it."""
 
-    __slots__ = ("_first", "_last", "_metrics", "_open", "_prompt_tokens", "_start", "_token_gap")
+    __slots__ = (
+        *("_first", "_last", "_metrics", "_open", "_prompt_tokens", "_queued_s", "_start"),
+        "_token_gap",
+    )
 
     def __init__(self, metrics: Metrics, prompt_tokens: int) -> None:
         self._metrics = metrics
         self._prompt_tokens = prompt_tokens
         self._start = time.perf_counter()
-        self._first = self._last = 0.0
+        self._first = self._last = self._queued_s = 0.0
         self._token_gap = metrics.histograms["inter_token_latency_seconds"].observe
         self._open = True
+
+    def start(self, queued_s: float) -> None:
+        self._queued_s = queued_s
+        self._metrics.histograms["request_queue_time_seconds"].observe(queued_s)
 
     def token(self) -> None:
         now = time.perf_counter()
@@ -96,7 +105,10 @@ class RequestMeter:
             self._token_gap(now - self._last)
         else:
             self._first = now
-            self._metrics.histograms["time_to_first_token_seconds"].observe(now - self._start)
+            waited_s = now - self._start
+            self._metrics.histograms["time_to_first_token_seconds"].observe(waited_s)
+            prefill_s = max(waited_s - self._queued_s, 0.0)
+            self._metrics.histograms["request_prefill_time_seconds"].observe(prefill_s)
         self._last = now
         self._metrics.generation_tokens += 1
 

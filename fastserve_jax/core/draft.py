@@ -141,8 +141,8 @@ class Draft:
             return False
         books.admit(seq, shared, private)
         self.hit_tokens += seq.planned
-        if seq.cached_tokens < 0:
-            seq.cached_tokens = seq.planned
+        if seq.queued_s < 0:
+            seq.queued_s, seq.cached_tokens = self._now - seq.submitted, seq.planned
         self._admissions.append(
             Admission(seq.id, seq.slot, tuple(seq.tokens), seq.prompt_tokens, seq.request.sampling)
         )

@@ -24,6 +24,7 @@ from .types import (
     PromptEvent,
     Request,
     Sampled,
+    StartEvent,
     StepResult,
     TokenEvent,
     Work,
@@ -84,7 +85,7 @@ class Scheduler:
             self._rejected += 1
             raise
         assert request.id not in self._books.sequences, f"request {request.id} is live already"
-        seq = Sequence(request, list(request.prompt))
+        seq = Sequence(request, list(request.prompt), submitted=now)
         self._books.enter(seq)
         cached_tokens = len(self._books.match(seq)) * self.limits.page_size
         self._policy.join(seq, seq.prompt_tokens - cached_tokens)
@@ -190,6 +191,9 @@ class Scheduler:
     def _book(self, seq: Sequence, work: Work, result: StepResult, events: list[Event]) -> None:
         assert seq.computed == work.start, f"request {seq.id}: {seq.computed} is not {work.start}"
         end = seq.computed = work.start + work.count
+        if not seq.started:
+            seq.started = True
+            events.append(StartEvent(seq.id, seq.queued_s, seq.cached_tokens))
         self._computed_tokens += work.count
         if end >= seq.next_full:
             self._books.share_full_pages(seq)
@@ -227,7 +231,7 @@ class Scheduler:
     def _end(self, seq: Sequence, reason: Finish) -> DoneEvent:
         self._finished += 1
         self._books.end(seq, reason)
-        return DoneEvent(seq.id, reason, seq.output_tokens, max(seq.cached_tokens, 0))
+        return DoneEvent(seq.id, reason, seq.output_tokens)
 
     # Looking in
 

@@ -63,7 +63,10 @@ class Sequence:
     chain: list[bytes] = field(default_factory=list)  # digests of its full pages
     indexed_pages: int = 0  # of `pages`, offered for sharing or shared
     next_full: int = 0  # computed positions at which one more page can be shared
-    cached_tokens: int = -1  # prompt tokens found in the prefix cache; -1 until first admitted
+    submitted: float = 0.0  # on the caller's clock
+    queued_s: float = -1.0  # until first admitted; -1 before
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache then
+    started: bool = False  # its StartEvent has been told
     next_scored: int = 1  # first prompt position whose log-probability is still owed
     charged: int = 0  # positions the policy has been told of; recomputing is not charged
     level: int = 0

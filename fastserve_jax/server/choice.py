@@ -9,7 +9,16 @@ from collections import deque
 from dataclasses import dataclass
 
 from fastserve_jax.api.sampling import TextRules
-from fastserve_jax.core.types import DoneEvent, Event, Finish, Scored, TokenEvent, TopLogprobs
+from fastserve_jax.core.types import (
+    DoneEvent,
+    Event,
+    Finish,
+    PromptEvent,
+    Scored,
+    StartEvent,
+    TokenEvent,
+    TopLogprobs,
+)
 from fastserve_jax.errors import DeadlineExceeded, EngineFailed, Overloaded
 from fastserve_jax.metrics import RequestMeter
 from fastserve_jax.server.state import Tokenizer
@@ -56,8 +65,11 @@ class Choice:
             return self._token(event)
         if isinstance(event, DoneEvent):
             return self._done(event)
-        assert not isinstance(event, TokenEvent)
-        self.scored.extend(event.scored)
+        if isinstance(event, PromptEvent):
+            self.scored.extend(event.scored)
+        elif isinstance(event, StartEvent):
+            self.cached_tokens = event.cached_tokens
+            self._meter.start(event.queued_s)
         return ""
 
     def _token(self, event: TokenEvent) -> str:
@@ -81,7 +93,6 @@ class Choice:
         return text
 
     def _done(self, event: DoneEvent) -> str:
-        self.cached_tokens = event.cached_tokens
         if event.reason is Finish.DEADLINE:
             self._meter.done("deadline", self.output_tokens)
             raise DeadlineExceeded("the request's deadline passed before it was finished")

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
-from fastserve_jax.core.types import Event, Request
+from fastserve_jax.core.types import Event, Request, StartEvent
 from fastserve_jax.server.state import Generator
 
 QUEUED_EVENTS = 256  # of all choices of one answer, before the engine's own queues fill
@@ -36,7 +36,10 @@ class _One:
     async def __anext__(self) -> Batch:
         if self._stopped:
             raise StopAsyncIteration
-        return [(0, await anext(self._events))]
+        batch: Batch = []
+        while _says_nothing(batch):
+            batch.append((0, await anext(self._events)))
+        return batch
 
     def stop(self, index: int) -> None:
         self._stopped = True
@@ -91,7 +94,7 @@ class _Many:
 
     async def __anext__(self) -> Batch:
         batch: Batch = []
-        while not batch:
+        while _says_nothing(batch):
             if not self._open and self._queue.empty():
                 raise StopAsyncIteration
             items = [await self._queue.get()]
@@ -111,6 +114,11 @@ class _Many:
         if not task.done():
             task.cancel()
             self._open -= 1
+
+
+def _says_nothing(batch: Batch) -> bool:
+    """A start alone is no answer yet: the first token may still fail with a status of its own."""
+    return all(type(event) is StartEvent for _, event in batch)
 
 
 @asynccontextmanager

@@ -16,6 +16,7 @@ from fastserve_jax.core.types import (
     Request,
     Sampling,
     Scored,
+    StartEvent,
     StepResult,
     TokenEvent,
 )
@@ -44,6 +45,7 @@ class Driver:
         self.requests: dict[int, Request] = {}
         self.outputs: dict[int, list[int]] = {}
         self.scored: dict[int, list[Scored]] = {}
+        self.started: dict[int, StartEvent] = {}
         self.done: dict[int, DoneEvent] = {}
 
     # Moves
@@ -125,7 +127,11 @@ class Driver:
         for event in events:
             assert event.request_id not in self.done, "an event after the last"
             match event:
+                case StartEvent(request_id):
+                    assert request_id not in self.started, "started twice"
+                    self.started[request_id] = event
                 case TokenEvent(request_id, token):
+                    assert request_id in self.started
                     self.outputs[request_id].append(token)
                 case PromptEvent(request_id, scored):
                     self.scored[request_id] += scored

@@ -38,7 +38,7 @@ def test_a_preempted_sequence_resumes_from_its_pages_where_they_last():
                if w.request_id == a.request_id and len(a.tokens) > 6]  # fmt: skip
     assert resumed
     assert resumed[0].start > 0
-    assert driver.done[2].cached_tokens == 0  # its prompt was not in the cache when it came
+    assert driver.started[2].cached_tokens == 0  # its prompt was not in the cache when it came
 
 
 def test_prompt_logprobs_survive_preemption_without_repeats():

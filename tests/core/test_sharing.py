@@ -17,8 +17,8 @@ def test_equal_prefixes_are_computed_once():
     assert driver.work(plan) == [(2, 8, 4)]
     assert plan.work[0].pages[:2] == driver.plans[0].work[0].pages[:2]
     driver.run()
-    assert driver.done[1].cached_tokens == 0
-    assert driver.done[2].cached_tokens == 8
+    assert driver.started[1].cached_tokens == 0
+    assert driver.started[2].cached_tokens == 8
     driver.assert_all_as_alone()
 
 
@@ -52,7 +52,7 @@ def test_output_is_shared_with_the_next_turn_of_a_conversation():
     driver.run()
     driver.submit([*range(4), *driver.outputs[1], 5, 6], max_tokens=1)
     driver.run()
-    assert driver.done[2].cached_tokens == 12
+    assert driver.started[2].cached_tokens == 12
 
 
 def test_salts_do_not_mix():
@@ -60,7 +60,7 @@ def test_salts_do_not_mix():
     for salt in ("alice", "bob", "alice"):
         driver.submit(range(10), salt=salt)
         driver.run()
-    assert [driver.done[i].cached_tokens for i in (1, 2, 3)] == [0, 0, 8]
+    assert [driver.started[i].cached_tokens for i in (1, 2, 3)] == [0, 0, 8]
 
 
 def test_concurrent_equal_prompts_keep_private_copies():
@@ -98,7 +98,7 @@ def test_prompt_logprobs_compute_every_prompt_position():
     driver.run()
     driver.submit(range(10), prompt_logprobs=0)
     driver.run()
-    assert driver.done[2].cached_tokens == 0
+    assert driver.started[2].cached_tokens == 0
     driver.assert_all_as_alone()
     chain = link(7, 0)
     assert driver.scored[2][0].logprob == score(chain, 1)

@@ -8,7 +8,15 @@ import pytest
 
 from fastserve_jax.core.policy import make_policy
 from fastserve_jax.core.scheduler import Limits, Scheduler
-from fastserve_jax.core.types import DoneEvent, Finish, PromptEvent, Request, Sampling, TokenEvent
+from fastserve_jax.core.types import (
+    DoneEvent,
+    Finish,
+    PromptEvent,
+    Request,
+    Sampling,
+    StartEvent,
+    TokenEvent,
+)
 from fastserve_jax.engine import Engine
 from fastserve_jax.errors import EngineFailed, InvalidRequest, Overloaded
 from tests.fakes import VOCAB, FakeDevice, FakeRunner, alone
@@ -65,9 +73,10 @@ async def test_a_stream_gives_prompt_scores_tokens_and_the_end():
         request = house.request(prompt_logprobs=0, logprobs=2)
         async with house.engine.stream(request) as events:
             received = [event async for event in events]
-        assert [type(event) for event in received] == [PromptEvent, *[TokenEvent] * 4, DoneEvent]
-        assert [event.token for event in received[1:-1]] == alone(request)[0]
-        assert len(received[1].top) == 2
+        kinds = [StartEvent, PromptEvent, *[TokenEvent] * 4, DoneEvent]
+        assert [type(event) for event in received] == kinds
+        assert [event.token for event in received[2:-1]] == alone(request)[0]
+        assert len(received[2].top) == 2
         await house.assert_empty()
 
 
@@ -135,14 +144,19 @@ async def test_a_runner_failure_reaches_everybody(fail_at, caplog):
 
 async def test_tokens_before_a_failure_are_delivered_first():
     async with House(fail_at=3, overlap=False) as house:
-        tokens = []
+        request, tokens = house.request(max_tokens=9), []
+
+        async def read():
+            async with house.engine.stream(request) as events:
+                async for event in events:
+                    tokens.extend([event.token] if isinstance(event, TokenEvent) else [])
+
         with pytest.raises(EngineFailed):
-            async with house.engine.stream(house.request(max_tokens=9)) as events:
-                tokens = [event.token async for event in events]
+            await read()
         async with AsyncExitStack() as stack:
             with pytest.raises(EngineFailed):
                 await stack.enter_async_context(house.engine.stream(house.request()))
-    assert tokens == []
+    assert tokens == alone(request)[0][:3]
 
 
 async def test_our_own_bug_reaches_everybody_too(monkeypatch):
@@ -293,7 +307,7 @@ async def test_a_reader_that_never_reads_holds_nobody_up():
             assert await house.ask(other) == alone(other)
             await house.assert_empty()
             kept = [event async for event in unread]
-        assert len(kept) == 41
+        assert len(kept) == 42
 
 
 class Instant:
