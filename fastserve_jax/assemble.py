@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +15,6 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import msgspec
-import numpy as np
 from jax.typing import DTypeLike
 
 from fastserve_jax.api.sampling import Defaults
@@ -27,10 +27,11 @@ from fastserve_jax.models.decoder import State, abstract, fill, parameters
 from fastserve_jax.runtime.compile import Compiled, compile_all, keep_compiled
 from fastserve_jax.runtime.memory import MemoryPlan, free_memory, plan_memory
 from fastserve_jax.runtime.runner import DeviceRunner
-from fastserve_jax.runtime.step import Steps, StepShape, lowerings
+from fastserve_jax.runtime.step import Steps, StepShape, empty_pages, lowerings
 from fastserve_jax.text.chat import ChatTemplate
 from fastserve_jax.text.load import load_tokenizer
 from fastserve_jax.text.tokenizer import Tokenizer
+from fastserve_jax.weights.converted import parameters_as
 from fastserve_jax.weights.load import ModelFiles, open_model
 
 MOST_CONTEXT = 8192  # without being asked for more: a longer context costs slots
@@ -93,19 +94,23 @@ def load(
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(empty))
     limits, plan = _limits(config, settings, weight_bytes, dtype)
     report.memory(plan)
-    params = _read(files, empty, report)
     shape = StepShape(
         limits.max_slots, limits.step_tokens, limits.max_context, limits.page_size, limits.num_pages
     )
     keep_compiled(cache_dir / "compiled")
     began = time.perf_counter()
-    jobs = lowerings(Steps(graph, config, shape), params, dtype)
-    programs = compile_all(jobs, report.compiled)
+    # Shapes are all that compiling needs: weights are read and pages are made beside it.
+    with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
+        reading = pool.submit(_read, files, empty, cache_dir / "converted", report)
+        paging = pool.submit(empty_pages, config, shape, dtype)
+        jobs = lowerings(Steps(graph, config, shape), empty, dtype)
+        programs = compile_all(jobs, report.compiled)
+        params, kv_pages = reading.result(), paging.result()
     return Loaded(
         name=files.name,
         config=config,
         limits=limits,
-        runner=DeviceRunner(config, params, shape, programs, dtype),
+        runner=DeviceRunner(config, params, kv_pages, shape, programs),
         tokenizer=tokenizer,
         template=ChatTemplate(tokenizer),
         defaults=msgspec.convert(dict(files.sampling), Defaults, strict=False),
@@ -143,11 +148,12 @@ def _limits(
     return limits, plan
 
 
-def _read(files: ModelFiles, empty: State, report: Report) -> State:
+def _read(files: ModelFiles, empty: State, folder: Path, report: Report) -> State:
     shapes = parameters(empty)
     arrays: dict[str, jax.Array] = {}
     wanted = {name: tuple(struct.shape) for name, struct in shapes.items()}
-    for done, (name, array) in enumerate(files.tensors(wanted), 1):
-        arrays[name] = jax.device_put(np.asarray(array, shapes[name].dtype))
+    dtype = next(iter(shapes.values())).dtype
+    for done, (name, array) in enumerate(parameters_as(files, wanted, dtype, folder), 1):
+        arrays[name] = jax.device_put(array)
         report.weights(done, len(wanted))
     return fill(empty, arrays)

@@ -37,7 +37,7 @@ class EngineSettings:
     policy: str = "fcfs"  # "fcfs" | "mlfq"
     overlap: bool = True  # plan and dispatch a step while the one before it runs
     max_slots: int = 32  # sequences in one step
-    step_tokens: int = 256  # tokens in one step, decodes and prompt chunks together
+    step_tokens: int = 128  # tokens in one step, decodes and prompt chunks together
     max_context: int = 0  # prompt and output of one request; 0: the model's, at most 8192
     max_queue: int = 1024  # requests waiting for a slot
 

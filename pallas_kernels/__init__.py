@@ -5,6 +5,6 @@ One interface, `ragged_paged_attention`, and one page layout, `KVLayout`; `xla` 
 """
 
 from .layout import KVLayout, write_kv
-from .xla import ragged_paged_attention
+from .xla import ragged_paged_attention, row_of_token
 
-__all__ = ["KVLayout", "ragged_paged_attention", "write_kv"]
+__all__ = ["KVLayout", "ragged_paged_attention", "row_of_token", "write_kv"]

@@ -51,7 +51,7 @@ def ragged_paged_attention(
 
     if tokens <= rows:  # so few that each token may walk its sequence's pages by itself
         at = jnp.arange(tokens)
-        own = jnp.minimum(jnp.searchsorted(cu_q_lens[1:], at, side="right"), rows - 1)
+        own = jnp.minimum(row_of_token(cu_q_lens, tokens), rows - 1)
         positions = kv_lens[own] - cu_q_lens[own + 1] + at
         lens = jnp.where(at < cu_q_lens[distribution[1]], positions + 1, 0)
         return attend(q[:, None], page_table[own], positions, lens)[:, 0]
@@ -82,6 +82,13 @@ def ragged_paged_attention(
 
     filled: jax.Array = lax.fori_loop(distribution[0], distribution[1], chunk, out)
     return filled[:tokens]
+
+
+def row_of_token(cu_q_lens: jax.Array, tokens: int) -> jax.Array:
+    """[tokens] int32; `rows` for tokens behind the last row. A comparison with each row's end: a
+    search would be a loop, which a compiler cannot share between layers."""
+    at = jnp.arange(tokens)[:, None]
+    return jnp.sum(cu_q_lens[1:] <= at, axis=1, dtype=jnp.int32)
 
 
 def _attend(

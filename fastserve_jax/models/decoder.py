@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from pallas_kernels import KVLayout, ragged_paged_attention, write_kv
+from pallas_kernels import KVLayout, ragged_paged_attention, row_of_token, write_kv
 
 from .config import ModelConfig
 from .layers import (
@@ -57,7 +57,7 @@ class Place(NamedTuple):
 def place(batch: Batch, tokens: int, layout: KVLayout) -> Place:
     at = jnp.arange(tokens, dtype=jnp.int32)
     cu_q_lens, kv_lens = jnp.asarray(batch.cu_q_lens), jnp.asarray(batch.kv_lens)
-    rows = jnp.searchsorted(cu_q_lens[1:], at, side="right").astype(jnp.int32)
+    rows = row_of_token(cu_q_lens, tokens)
     real = rows < jnp.asarray(batch.distribution)[1]
     rows = jnp.where(real, rows, 0)
     positions = jnp.where(real, kv_lens[rows] - cu_q_lens[rows + 1] + at, 0)

@@ -50,23 +50,24 @@ def compile_all(
     progress: Callable[[Compiled], None] = lambda _: None,
     threads: int = 2,
 ) -> dict[str, jax.stages.Compiled]:
-    """name -> program. Tracing holds the interpreter; compiling does not, so two overlap."""
+    """name -> program. Tracing holds the interpreter, so it is done here, one after the other;
+    compiling does not, and goes on beside it."""
     jobs = list(lowerings)
     lock = threading.Lock()
     programs: dict[str, jax.stages.Compiled] = {}
 
-    def build(job: tuple[str, Lower]) -> None:
-        name, lower = job
+    def build(name: str, lowered: jax.stages.Lowered) -> None:
         began = time.perf_counter()
         with CompileCounter(own_thread=True) as counter:
-            program = lower().compile()
+            program = lowered.compile()
         with lock:
             programs[name] = program
             elapsed_s = time.perf_counter() - began
             progress(Compiled(name, len(programs), len(jobs), counter.cache_hits > 0, elapsed_s))
 
     with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
-        for done in [pool.submit(build, job) for job in jobs]:
+        pending = [pool.submit(build, name, lower()) for name, lower in jobs]
+        for done in pending:
             done.result()
     return programs
 

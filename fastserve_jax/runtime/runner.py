@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from fastserve_jax.core.types import (
     Admission,
@@ -62,15 +60,14 @@ class DeviceRunner:
         self,
         config: ModelConfig,
         params: State,
+        kv_pages: list[jax.Array],
         shape: StepShape,
         programs: Mapping[str, jax.stages.Compiled],
-        dtype: DTypeLike,
     ) -> None:
         self._params, self._shape, self._programs = params, shape, programs
         self._config = config
         self._head = head_weight(config, params)
-        layout = shape.layout(config)
-        self._kv_pages = [jnp.zeros(layout.shape, dtype) for _ in range(config.num_layers)]
+        self._kv_pages = kv_pages  # donated to every step
         self._state = sampling.empty_state(shape.max_slots, shape.max_context, config.vocab_size)
         self._page_table = np.zeros((shape.max_slots, shape.pages_per_row), np.int32)
         self._given: dict[int, _Given] = {}  # by slot

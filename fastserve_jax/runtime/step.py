@@ -64,13 +64,22 @@ class StepShape:
 
 
 def buckets(largest: int) -> tuple[int, ...]:
-    """Powers of two from SMALLEST_BUCKET, and `largest` itself at the end."""
-    sizes = []
-    size = SMALLEST_BUCKET
+    """SMALLEST_BUCKET and powers of two from 16, up to `largest` itself.
+
+    A size costs a second of every start; 8 would save little against 16, which is not slower by
+    half.
+    """
+    sizes = [SMALLEST_BUCKET]
+    size = 16
     while size < largest:
         sizes.append(size)
         size *= 2
-    return (*sizes, largest)
+    return (*sizes, largest) if largest > SMALLEST_BUCKET else (SMALLEST_BUCKET,)
+
+
+def empty_pages(config: ModelConfig, shape: StepShape, dtype: DTypeLike) -> list[jax.Array]:
+    """One array per layer, as KVLayout says."""
+    return [jnp.zeros(shape.layout(config).shape, dtype) for _ in range(config.num_layers)]
 
 
 class Rows(NamedTuple):
@@ -105,11 +114,11 @@ class Steps:
         batch: Batch,
         tokens: int,
     ) -> tuple[list[jax.Array], jax.Array]:
-        """-> pages (donated through), hidden [step_tokens, hidden_size] whatever the bucket."""
+        """-> pages (donated through), hidden [largest bucket, hidden_size] whatever the bucket."""
         at = place(batch, tokens, self.shape.layout(self.config))
         given = history[jnp.asarray(batch.slots)[at.rows], at.positions]
         hidden, kv_pages = nnx.merge(self.graph, params)(given, kv_pages, batch, at)
-        spare = self.shape.step_tokens - tokens
+        spare = self.shape.token_buckets[-1] - tokens
         return kv_pages, jnp.pad(hidden, ((0, spare), (0, 0)))
 
     def sample(
@@ -148,35 +157,37 @@ type Lower = Callable[[], jax.stages.Lowered]
 
 
 def lowerings(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[tuple[str, Lower]]:
-    """Every program by name, with what traces it; smallest shapes first."""
+    """Every program by name, with what traces it; those that compile longest first.
+
+    Of `params` only shapes are read.
+    """
     shape, config = steps.shape, steps.config
     state = jax.eval_shape(
         lambda: sampling.empty_state(shape.max_slots, shape.max_context, config.vocab_size)
     )
     kv_pages = [_like(shape.layout(config).shape, dtype) for _ in range(config.num_layers)]
-    hidden = _like((shape.step_tokens, config.hidden_size), dtype)
+    hidden = _like((shape.token_buckets[-1], config.hidden_size), dtype)
     head = _abstract(head_weight(config, params))
-    slot_row = tuple(_like(x.shape[1:], x.dtype) for x in state)
-    admit = jax.jit(sampling.admit, donate_argnums=0)
-    yield "admit", partial(admit.lower, state, _ints(), slot_row)
+    slots = shape.max_slots
+    table = _ints(slots, shape.pages_per_row)
+    batch = Batch(_ints(slots), _ints(slots), table, _ints(slots + 1), _ints(2))
+    params = jax.tree.map(_abstract, params)
+    forward = jax.jit(steps.forward, static_argnums=4, donate_argnums=1)
+    for tokens in reversed(shape.token_buckets):
+        given = (params, kv_pages, state.history, batch, tokens)
+        yield f"forward[{tokens}]", partial(forward.lower, *given)
 
     sample = jax.jit(steps.sample, donate_argnums=1)
     for count in shape.row_buckets:
         rows = Rows(_ints(count), _ints(count), _ints(count))
         yield f"sample[{count}]", partial(sample.lower, head, state, hidden, rows)
 
-    slots = shape.max_slots
-    table = _ints(slots, shape.pages_per_row)
-    batch = Batch(_ints(slots), _ints(slots), table, _ints(slots + 1), _ints(2))
-    params = jax.tree.map(_abstract, params)
-    forward = jax.jit(steps.forward, static_argnums=4, donate_argnums=1)
-    for tokens in shape.token_buckets:
-        given = (params, kv_pages, state.history, batch, tokens)
-        yield f"forward[{tokens}]", partial(forward.lower, *given)
-
     rows = Rows(*[_ints(shape.step_tokens)] * 3)
     score = jax.jit(steps.score)
     yield "score", partial(score.lower, head, state.history, hidden, rows, _ints())
+    slot_row = tuple(_like(x.shape[1:], x.dtype) for x in state)
+    admit = jax.jit(sampling.admit, donate_argnums=0)
+    yield "admit", partial(admit.lower, state, _ints(), slot_row)
 
 
 def _ints(*shape: int) -> Any:

@@ -1,12 +1,11 @@
 """A DeviceRunner over random parameters, compiled small."""
 
-import jax
 import jax.numpy as jnp
 
 from fastserve_jax.models.decoder import abstract, fill, parameters
 from fastserve_jax.runtime.compile import compile_all
 from fastserve_jax.runtime.runner import DeviceRunner
-from fastserve_jax.runtime.step import Steps, StepShape, lowerings
+from fastserve_jax.runtime.step import Steps, StepShape, empty_pages, lowerings
 from tests.models.oracle import random_parameters
 
 SHAPE = StepShape(max_slots=4, step_tokens=16, max_context=64, page_size=4, num_pages=48)
@@ -20,5 +19,5 @@ def build_runner(config, shape=SHAPE, dtype=jnp.float32, seed=0, edit=lambda arr
     edit(arrays)
     params = fill(empty, {name: jnp.asarray(array, dtype) for name, array in arrays.items()})
     programs = compile_all(lowerings(Steps(graph, config, shape), params, dtype))
-    assert isinstance(programs["admit"], jax.stages.Compiled)
-    return DeviceRunner(config, params, shape, programs, dtype), arrays
+    kv_pages = empty_pages(config, shape, dtype)
+    return DeviceRunner(config, params, kv_pages, shape, programs), arrays
