@@ -40,12 +40,17 @@ async def serve_model(
     url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     server = asyncio.create_task(serve(state, url.set_result, stop), name="server")
     try:
+        opening: set[asyncio.Future[bool] | asyncio.Future[str]] = {server, url}
+        await asyncio.wait(opening, return_when=asyncio.FIRST_COMPLETED)
+        if server.done():
+            server.result()  # raises what kept it from listening, before anything is loaded
         with Bars() as bars:
             loading = _in_thread(lambda: load(reference, settings, cache_dir, bars))
             both: set[asyncio.Future[bool] | asyncio.Future[Loaded]] = {server, loading}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
-            return await _left_early(server)
+            console.print("stopped while loading")
+            os._exit(0)  # a compilation cannot be interrupted, and nothing is owed to anybody
         with loading.result().runner, CompileCounter() as counter:
             loaded = loading.result()
             metrics.model_name = loaded.name
@@ -117,10 +122,3 @@ def _in_thread[T](work: Callable[[], T]) -> asyncio.Future[T]:
 
     threading.Thread(target=run, name="load", daemon=True).start()
     return future
-
-
-async def _left_early(server: asyncio.Task[bool]) -> int:
-    """Stopped while loading, or the address was taken. A compilation cannot be interrupted."""
-    await server  # raises what kept it from listening
-    console.print("stopped while loading")
-    os._exit(0)

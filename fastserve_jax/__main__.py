@@ -1,0 +1,5 @@
+"""`python -m fastserve_jax` is `fastserve`."""
+
+from fastserve_jax.cli import main
+
+main()

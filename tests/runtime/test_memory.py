@@ -1,0 +1,63 @@
+"""The KV pool's size from free memory, and what is said when nothing fits."""
+
+import re
+
+import numpy as np
+import pytest
+
+from fastserve_jax.errors import DoesNotFit
+from fastserve_jax.models.config import ModelConfig
+from fastserve_jax.runtime.memory import FreeMemory, plan_memory
+
+CONFIG = ModelConfig("llama", 1000, 64, 2, 4, 2, 16, 128, 4096, 1e-5)
+PAGE = 2 * 2 * 16 * 16 * 4 * 2  # key and value, heads, dim, tokens, float32, layers
+WEIGHTS = 1 << 20
+
+
+def plan(free_bytes, num_pages=0, max_context=1024, grain=1, fraction=0.5):
+    return plan_memory(
+        CONFIG,
+        np.float32,
+        WEIGHTS,
+        page_size=16,
+        num_pages=num_pages,
+        max_context=max_context,
+        max_slots=4,
+        step_tokens=16,
+        free=FreeMemory(free_bytes, fraction, grain),
+    )
+
+
+def test_a_page_is_as_large_as_its_numbers():
+    assert plan(1 << 30).page_bytes == PAGE
+
+
+def test_the_pool_is_what_may_be_taken_and_no_more_than_can_be_used():
+    assert plan(200 * PAGE * 2).num_pages == 128  # 200, rounded down to a power of two
+    assert plan(200 * PAGE * 2, grain=16).num_pages == 200
+    assert plan(1 << 34).num_pages == 4 * 1024 // 16  # four slots at full context
+    assert plan(1 << 30, num_pages=77).num_pages == 77
+
+
+def test_a_little_more_or_less_free_memory_gives_the_same_pool():
+    assert {plan(int(300 * PAGE * 2 * f)).num_pages for f in (0.95, 1, 1.05)} == {256 // 2 * 2}
+
+
+def test_one_request_always_has_room():
+    assert plan(WEIGHTS + 120 * PAGE, fraction=0.01).num_pages == 1024 // 16
+
+
+def test_what_would_fit_is_said_and_is_true():
+    free_bytes = WEIGHTS + 40 * PAGE
+    with pytest.raises(DoesNotFit) as refused:
+        plan(free_bytes)
+    pages, context = map(int, re.findall(r"(?:kv\.pages|max_context)=(\d+)", str(refused.value)))
+    fits = plan(free_bytes, num_pages=pages, max_context=context)
+    assert fits.num_pages == pages
+    with pytest.raises(DoesNotFit):
+        plan(free_bytes, num_pages=pages + 1)
+
+
+def test_a_model_too_large_says_what_it_needs():
+    with pytest.raises(DoesNotFit, match="at the least"):
+        plan(WEIGHTS // 2)

@@ -1,0 +1,62 @@
+"""The converted copy: the same numbers, made once, and never trusted when it is not whole."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fastserve_jax.models.decoder import abstract, parameters
+from fastserve_jax.weights.converted import parameters_as
+from fastserve_jax.weights.load import open_gguf
+
+BF16 = ml_dtypes.bfloat16
+
+
+@pytest.fixture
+def model(shared):
+    files = open_gguf(shared("models/stories260K.gguf"), "stories")
+    _, empty = abstract(files.config, np.float32)
+    return files, {name: struct.shape for name, struct in parameters(empty).items()}
+
+
+def read(model, folder, dtype=BF16):
+    files, shapes = model
+    return dict(parameters_as(files, shapes, dtype, folder))
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    return all(one[k].dtype == other[k].dtype and np.array_equal(one[k], other[k]) for k in one)
+
+
+def test_the_copy_holds_the_same_numbers(model, tmp_path, monkeypatch):
+    first = read(model, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(type(model[0]), "tensors", lambda *_: pytest.fail("converted again"))
+    assert same(first, read(model, tmp_path))
+
+
+def test_another_dtype_is_another_copy(model, tmp_path):
+    read(model, tmp_path)
+    assert read(model, tmp_path, np.float32)["embed.weight"].dtype == np.float32
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 64, None])
+def test_a_damaged_copy_is_made_again(model, tmp_path, damage):
+    first = read(model, tmp_path)
+    (copy,) = tmp_path.iterdir()
+    whole = copy.read_bytes()
+    copy.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    assert same(first, read(model, tmp_path))
+    assert copy.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_else(model, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    assert len(read(model, blocked / "converted")) == len(model[1])
+
+
+def test_a_reader_that_stops_leaves_nothing(model, tmp_path):
+    next(parameters_as(*model, BF16, tmp_path))
+    assert not list(tmp_path.iterdir())
