@@ -72,10 +72,16 @@ class Loaded:
     programs: int
     settings: Settings
 
-    def engine(self, on_step: Callable[[StepRecord], None] | None = None) -> Engine:
+    def engine(
+        self,
+        on_step: Callable[[StepRecord], None] | None = None,
+        overlap: bool | None = None,
+    ) -> Engine:
+        """A new engine over the one runner; `overlap` None takes the setting."""
         policy = make_policy(self.settings.engine.policy)
         scheduler = Scheduler(self.limits, policy)
-        overlap = self.settings.engine.overlap
+        if overlap is None:
+            overlap = self.settings.engine.overlap
         return Engine(scheduler, self.runner, overlap=overlap, on_step=on_step)
 
 

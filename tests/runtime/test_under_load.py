@@ -12,7 +12,7 @@ import pytest
 
 from fastserve_jax.core.policy import make_policy
 from fastserve_jax.core.scheduler import Limits, Scheduler
-from fastserve_jax.core.types import DoneEvent, Finish, Request, Sampling, TokenEvent
+from fastserve_jax.core.types import DoneEvent, Finish, Request, Sampling, StartEvent, TokenEvent
 from fastserve_jax.engine import Engine
 from fastserve_jax.runtime.compile import CompileCounter
 from fastserve_jax.runtime.step import StepShape
@@ -140,7 +140,7 @@ async def test_one_bad_sequence_ends_alone(runner, alone):
     async with engine:
         first = await asyncio.gather(bad(), *(tokens_of(engine, *requests()[i]) for i in picked))
         again = [await tokens_of(engine, *requests()[i]) for i in picked]
-    assert [type(event) for event in first[0]] == [DoneEvent]
-    assert first[0][0].reason is Finish.ERROR
+    assert [type(event) for event in first[0]] == [StartEvent, DoneEvent]
+    assert first[0][1].reason is Finish.ERROR
     assert first[1:] == again == [alone[i] for i in picked]
     scheduler.check()
