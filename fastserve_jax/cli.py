@@ -28,7 +28,7 @@ app = App(
 )
 
 Set = Annotated[
-    tuple[str, ...],
+    list[str] | None,
     Parameter(name="--set", negative=(), help="A setting, as section.name=value; may be repeated."),
 ]
 Config = Annotated[Path | None, Parameter(help="A TOML file of settings (see configs/serve/).")]
@@ -54,7 +54,7 @@ def serve(
     max_context: int | None = None,
     max_slots: int | None = None,
     config: Config = None,
-    set_: Set = (),
+    set_: Set = None,
 ) -> None:
     """Serve MODEL over an OpenAI-compatible API.
 
@@ -81,7 +81,7 @@ def serve(
     key = api_key or os.environ.get("FASTSERVE_API_KEY")
     settings = _settings(
         config,
-        set_,
+        set_ or [],
         **{
             "server.host": host,
             "server.port": port,
@@ -107,12 +107,12 @@ def generate(
     seed: int = 0,
     dtype: Dtype = None,
     config: Config = None,
-    set_: Set = (),
+    set_: Set = None,
 ) -> None:
     """Complete PROMPT with MODEL here, without a server, as it is written (no chat template)."""
     from fastserve_jax.local import Local
 
-    settings = _settings(config, (*_LOCAL, *set_), **{"model.dtype": dtype})
+    settings = _settings(config, [*_LOCAL, *(set_ or [])], **{"model.dtype": dtype})
     with Local(model, settings, cache_folder()) as local:
         local.complete(prompt, max_tokens, temperature, seed)
 
@@ -127,12 +127,12 @@ def chat(
     system: str | None = None,
     dtype: Dtype = None,
     config: Config = None,
-    set_: Set = (),
+    set_: Set = None,
 ) -> None:
     """Talk with MODEL in the terminal, without a server. An empty line or Ctrl-D ends it."""
     from fastserve_jax.local import Local
 
-    settings = _settings(config, (*_LOCAL, *set_), **{"model.dtype": dtype})
+    settings = _settings(config, [*_LOCAL, *(set_ or [])], **{"model.dtype": dtype})
     with Local(model, settings, cache_folder()) as local:
         local.converse(system, max_tokens, temperature)
 
@@ -180,12 +180,12 @@ def doctor() -> None:
 _LOCAL = ("engine.max_slots=4", "engine.step_tokens=128")
 
 
-def _settings(config: Path | None, sets: tuple[str, ...], **flags: object) -> Settings:
+def _settings(config: Path | None, sets: list[str], **flags: object) -> Settings:
     """Flags over --set over the file."""
     from fastserve_jax.config import load_settings
 
     given = [f"{name}={value}" for name, value in flags.items() if value is not None]
-    return load_settings(config, (*sets, *given))
+    return load_settings(config, [*sets, *given])
 
 
 def main(run: Callable[[], object] = app) -> None:

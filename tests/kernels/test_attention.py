@@ -42,15 +42,14 @@ def oracle(q, kv, kv_lens, table, cu_q_lens, distribution, scale, window):
     q, kv = np.asarray(q, np.float64), np.asarray(kv, np.float64)
     out, page_size = np.zeros(q.shape), kv.shape[3]
     for row in range(int(distribution[1])):
-        new = int(cu_q_lens[row + 1] - cu_q_lens[row])
+        new, total = int(cu_q_lens[row + 1] - cu_q_lens[row]), int(kv_lens[row])
+        places = [divmod(position, page_size) for position in range(total)]
+        whole = np.stack([kv[table[row, page], :, :, offset] for page, offset in places])
         for i in range(new):
-            at = int(kv_lens[row]) - new + i
-            first = max(0, at - window + 1) if window else 0
-            places = [divmod(p, page_size) for p in range(first, at + 1)]
-            past = np.stack([kv[table[row, page], :, :, offset] for page, offset in places])
+            at, token = total - new + i, int(cu_q_lens[row]) + i
+            past = whole[max(0, at - window + 1) if window else 0 : at + 1]
             for head in range(q.shape[1]):
                 kv_head = head * kv.shape[2] // q.shape[1]
-                token = cu_q_lens[row] + i
                 scores = past[:, 0, kv_head] @ q[token, head] * scale
                 weights = np.exp(scores - scores.max())
                 out[token, head] = weights @ past[:, 1, kv_head] / weights.sum()
