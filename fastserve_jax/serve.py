@@ -26,15 +26,13 @@ async def serve_model(
     reference: str,
     settings: Settings,
     cache_dir: Path,
-    stop: asyncio.Event | None = None,
-    on_ready: Callable[[str], None] = lambda url: None,
+    began: float,
 ) -> int:
-    """Serve until a signal or `stop`. Returns the exit status; raises OperatorErrors.
+    """Serve until a signal. Returns the exit status; raises OperatorErrors.
 
-    `on_ready` gets the URL once the model takes work.
+    `began` is when the person began to wait, by time.perf_counter.
     """
-    began = time.perf_counter()
-    stop = stop or asyncio.Event()
+    stop = asyncio.Event()
     metrics = Metrics(reference)
     state = ServerState(settings.server, metrics)
     url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -69,7 +67,6 @@ async def serve_model(
                     ),
                     soft_wrap=True,
                 )
-                on_ready(address)
                 finished = await server
         return 0 if finished else 1
     finally:

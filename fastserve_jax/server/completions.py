@@ -22,7 +22,7 @@ from fastserve_jax.api.usage import Usage, usage, usage_wanted
 from fastserve_jax.server.choice import Choice
 from fastserve_jax.server.chunks import ChunkTemplate
 from fastserve_jax.server.exchange import STATE, json_answer, read_json
-from fastserve_jax.server.job import Job, build, encode_text
+from fastserve_jax.server.job import Job, build, encode_text, refuse_overlong
 from fastserve_jax.server.logprobs import (
     completion_logprobs,
     echoed,
@@ -53,6 +53,9 @@ async def _prepare(
 ) -> tuple[Job, _Answer]:
     add_special = asked.add_special_tokens is not False
     given = asked.prompts(state.config.max_choices)
+    for prompt in given:
+        if isinstance(prompt, str):
+            await refuse_overlong(served, prompt)
     prompts = [
         await encode_text(served, prompt, add_special) if isinstance(prompt, str) else prompt
         for prompt in given

@@ -35,6 +35,7 @@ from fastserve_jax.server.generate import Events, generate
 from fastserve_jax.server.state import Served, ServerState, bounds
 
 LONG_TEXT_CHARS = 16_384  # longer texts are encoded in a thread, so that streams go on
+CHARS_PER_TOKEN = 6  # more than a tokenizer makes of prose: where a text is judged by its head
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,20 @@ class Job:
         return usage(prompt_tokens, sum(c.output_tokens for c in self.choices), cached)
 
 
+async def refuse_overlong(served: Served, text: str) -> None:
+    """Raises InvalidRequest for a text that cannot fit, from its head: encoding all of a megabyte
+    takes half a second."""
+    head = text[: served.context * CHARS_PER_TOKEN]
+    if len(head) == len(text):
+        return
+    if len(await encode_text(served, head, False)) > served.context:
+        raise InvalidRequest(
+            f"the prompt has more than {served.context} tokens, this model's context: shorten it",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+
+
 async def encode_text(served: Served, text: str, add_special: bool) -> list[int]:
     if len(text) > LONG_TEXT_CHARS:
         return await asyncio.to_thread(served.tokenizer.encode, text, add_special)
@@ -106,7 +121,10 @@ async def encode_chat(
     encode = functools.partial(
         template.encode, turns, tools=tools, add_generation_prompt=add_generation_prompt
     )
-    if sum(len(str(turn["content"])) for turn in turns) > LONG_TEXT_CHARS:
+    contents = [str(turn["content"]) for turn in turns]
+    for content in contents:
+        await refuse_overlong(served, content)
+    if sum(map(len, contents)) > LONG_TEXT_CHARS:
         return await asyncio.to_thread(encode)
     return encode()
 

@@ -10,7 +10,7 @@ import json
 import pytest
 
 from . import openai_schema
-from .kit import MODEL, Kit, kit
+from .kit import MODEL, Kit, LetterTokenizer, kit
 
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 HELLO = [{"role": "user", "content": "hi"}]
@@ -201,6 +201,26 @@ async def test_a_large_body_sent_in_pieces_is_cut_off(server):
     url = server.url + COMPLETIONS
     async with server.session.post(url, data=pieces(), headers=headers) as answer:
         await refused(server, answer, 413)
+
+
+async def test_an_overlong_text_is_judged_by_its_head(server, monkeypatch):
+    """Encoding all of it would take half a second; and one that only might fit is encoded."""
+    lengths = []
+    encode = LetterTokenizer.encode
+
+    def counted(self, text, add_special=True):
+        lengths.append(len(text))
+        return encode(self, text, add_special)
+
+    monkeypatch.setattr(LetterTokenizer, "encode", counted)
+    text = "x" * 500_000
+    for path, body in (completion(prompt=text), chat(messages=[HELLO[0] | {"content": text}])):
+        answer = await server.post(path, body)
+        error = await refused(server, answer, 400)
+        assert error["code"] == "context_length_exceeded"
+    assert max(lengths) < 10_000
+    await server.json(*completion(prompt="y" * 400))
+    assert 400 in lengths
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "image/png"])
