@@ -148,7 +148,15 @@ def open_model(reference: str, cache_dir: Path, progress: Progress = silent) -> 
     if reference in catalogue:
         entry = catalogue[reference]
         model = open_gguf(fetch(entry, cache_dir, progress), entry.name)
-        return replace(model, licence=entry.licence, notice=entry.notice, sampling=entry.sampling)
+        assert isinstance(model.tokenizer_source, Mapping)
+        template = {"tokenizer.chat_template": entry.chat_template} if entry.chat_template else {}
+        return replace(
+            model,
+            licence=entry.licence,
+            notice=entry.notice,
+            sampling=entry.sampling,
+            tokenizer_source={**model.tokenizer_source, **template},
+        )
     if reference.startswith("hf:"):
         name = reference.removeprefix("hf:")
         return open_folder(fetch_snapshot(name), name)

@@ -75,3 +75,24 @@ async def test_the_published_story_is_told(told, shared, tmp_path):
     text = "Once upon a time" + loaded.tokenizer.decode(tokens, at_start=False)
     assert len(text) > 400
     assert told.startswith(text)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(("country", "city"), [("France", "Paris"), ("Italy", "Rome")])
+async def test_the_default_model_knows_its_capitals(default_model, country, city):
+    """As a newcomer asks: chat template, sampling that the catalogue advises, end of turn."""
+    turns = [{"role": "user", "content": f"What is the capital of {country}?"}]
+    assert default_model.defaults.temperature == 0
+    rules = Sampling(64, temperature=0, stop_ids=default_model.tokenizer.eos_ids)
+    async with default_model.engine() as engine:
+        events = await events_of(engine, default_model.template.encode(turns), rules)
+    tokens = [event.token for event in events if isinstance(event, TokenEvent)]
+    assert default_model.tokenizer.decode(tokens) == f"The capital of {country} is {city}."
+
+
+@pytest.fixture(scope="module")
+def default_model(model_path):
+    cache = model_path("smollm2-135m-instruct").parents[2]
+    loaded = load("smollm2-135m-instruct", load_settings(None, SMALL), cache)
+    with loaded.runner:
+        yield loaded

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from fastserve_jax.errors import ModelFileError
 from fastserve_jax.models.config import ModelConfig, RopeScaling
-from fastserve_jax.weights.huggingface_config import read_folder_config
+from fastserve_jax.weights.huggingface_config import read_folder_config, read_sampling
 from fastserve_jax.weights.load import open_folder
 from tests.weights import synthetic
 from tests.weights.synthetic import Arrays, folder_config, write_folder
@@ -257,3 +257,24 @@ def test_integer_weights_are_named(tmp_path: Path) -> None:
     save_file({n: np.ascontiguousarray(a) for n, a in stored.items()}, folder / "model.safetensors")
     with pytest.raises(ModelFileError, match=r"model\.norm\.weight is I8"):
         dict(open_folder(folder, "m").tensors(synthetic.shapes_of(expected)))
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9, "top_k": 20}, None),
+        ({"do_sample": True, "temperature": 0.6, "eos_token_id": [1, 2]}, {"temperature": 0.6}),
+        ({"do_sample": False, "temperature": 0.6}, {}),
+        ({"temperature": None, "top_k": 0}, {}),
+    ],
+)
+def test_sampling_that_the_makers_advise(tmp_path: Path, written: dict, read: dict | None) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(written))
+    assert read_sampling(tmp_path) == (written if read is None else read)
+
+
+def test_bad_advice_is_named(tmp_path: Path) -> None:
+    assert read_sampling(tmp_path) == {}
+    (tmp_path / "generation_config.json").write_text('{"top_p": "high"}')
+    with pytest.raises(ModelFileError, match="top_p"):
+        read_sampling(tmp_path)
