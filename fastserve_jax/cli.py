@@ -15,11 +15,11 @@ from cyclopts import App, Parameter
 from platformdirs import user_cache_path
 
 from fastserve_jax.errors import FastServeError
+from fastserve_jax.weights.catalogue import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from fastserve_jax.config import Settings
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
 _BEGAN = time.perf_counter()  # what a person waits for includes importing
 
 app = App(

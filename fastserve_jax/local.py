@@ -6,7 +6,6 @@ import asyncio
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from fastserve_jax.api.chat import ChatTurn
@@ -28,12 +27,7 @@ class Local:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._loaded.runner.__exit__()
 
     def complete(self, prompt: str, max_tokens: int, temperature: float, seed: int) -> None:

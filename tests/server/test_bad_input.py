@@ -267,7 +267,9 @@ async def test_an_unknown_model_is_404(server, request_):
 
 
 async def test_control_characters_and_unknown_fields_are_fine(server):
-    await server.json(*completion(prompt="\x00\x01\ufffd\u202e", whatever={"deep": [1, 2]}))
+    asked = completion(prompt="\x00\x01\ufffd\u202e", whatever={"deep": [1, 2]}, ignore_eos=True)
+    answer = await server.json(*asked)
+    assert answer["usage"]["completion_tokens"] == 2
 
 
 @pytest.mark.parametrize(
