@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 from urllib.parse import urlsplit
 
 from fastserve_jax.api.sampling import TextRules
-from fastserve_jax.core.policy import FirstComeFirstServed
+from fastserve_jax.core.ordering import FirstComeFirstServed
 from fastserve_jax.core.scheduler import Limits, Scheduler
 from fastserve_jax.core.types import Plan, Request, Sampled, Sampling, StepResult
 from fastserve_jax.engine import Engine

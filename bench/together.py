@@ -22,7 +22,7 @@ from cyclopts import run
 from fastserve_jax.assemble import Loaded, load
 from fastserve_jax.cli import cache_folder
 from fastserve_jax.config import load_settings
-from fastserve_jax.core.scheduler import Stats
+from fastserve_jax.core.stats import Stats
 from fastserve_jax.core.types import Request, Sampling, TokenEvent
 
 NEAR_TIE = 0.1  # nat

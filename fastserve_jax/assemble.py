@@ -18,14 +18,23 @@ import msgspec
 from jax.typing import DTypeLike
 
 from fastserve_jax.api.sampling import Defaults
-from fastserve_jax.config import EngineSettings, Settings
+from fastserve_jax.config import Settings
+from fastserve_jax.core.cost import CostModel
 from fastserve_jax.core.policy import make_policy
 from fastserve_jax.core.scheduler import Limits, Scheduler
 from fastserve_jax.engine import Engine, StepRecord
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import State, abstract, fill, parameters
+from fastserve_jax.runtime.calibrate import calibrate
 from fastserve_jax.runtime.compile import Compiled, compile_all, keep_compiled
-from fastserve_jax.runtime.memory import MemoryPlan, free_memory, plan_memory
+from fastserve_jax.runtime.host import empty_host_pages
+from fastserve_jax.runtime.memory import (
+    MemoryPlan,
+    free_host_memory,
+    free_memory,
+    plan_host_pages,
+    plan_memory,
+)
 from fastserve_jax.runtime.runner import DeviceRunner
 from fastserve_jax.runtime.step import Steps, StepShape, empty_pages, lowerings
 from fastserve_jax.text.chat import ChatTemplate
@@ -71,6 +80,7 @@ class Loaded:
     compile_s: float
     programs: int
     settings: Settings
+    cost: CostModel  # of its steps, as measured here
 
     def engine(
         self,
@@ -101,35 +111,44 @@ def load(
     limits, plan = _limits(config, settings, weight_bytes, dtype)
     report.memory(plan)
     shape = StepShape(
-        limits.max_slots, limits.step_tokens, limits.max_context, limits.page_size, limits.num_pages
+        max_slots=limits.max_slots,
+        step_tokens=limits.step_tokens,
+        max_context=limits.max_context,
+        page_size=limits.page_size,
+        num_pages=limits.num_pages,
+        host_pages=limits.host_pages,
     )
     keep_compiled(cache_dir / "compiled")
     began = time.perf_counter()
     # Shapes are all that compiling needs: weights are read and pages are made beside it.
-    with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
+    with ThreadPoolExecutor(3, thread_name_prefix="load") as pool:
         reading = pool.submit(_read, files, empty, cache_dir / "converted", report)
         paging = pool.submit(empty_pages, config, shape, dtype)
+        hosting = pool.submit(empty_host_pages, shape.host_layout(config), dtype, jax.devices()[0])
         jobs = lowerings(Steps(graph, config, shape), empty, dtype)
         programs = compile_all(jobs, report.compiled)
-        params, kv_pages = reading.result(), paging.result()
+        params, kv_pages, host_pages = reading.result(), paging.result(), hosting.result()
+    runner = DeviceRunner(config, params, kv_pages, shape, programs, host_pages)
+    compile_s = time.perf_counter() - began
     return Loaded(
         name=files.name,
         config=config,
         limits=limits,
-        runner=DeviceRunner(config, params, kv_pages, shape, programs),
+        runner=runner,
         tokenizer=tokenizer,
         template=ChatTemplate(tokenizer),
         defaults=msgspec.convert(dict(files.sampling), Defaults, strict=False),
-        compile_s=time.perf_counter() - began,
+        compile_s=compile_s,
         programs=len(programs),
         settings=settings,
+        cost=calibrate(runner),
     )
 
 
 def _limits(
     config: ModelConfig, settings: Settings, weight_bytes: int, dtype: DTypeLike
 ) -> tuple[Limits, MemoryPlan]:
-    engine: EngineSettings = settings.engine
+    engine, device = settings.engine, jax.devices()[0]
     max_context = min(config.max_context, engine.max_context or MOST_CONTEXT)
     plan = plan_memory(
         config,
@@ -140,11 +159,13 @@ def _limits(
         max_context=max_context,
         max_slots=engine.max_slots,
         step_tokens=engine.step_tokens,
-        free=free_memory(jax.devices()[0]),
+        free=free_memory(device),
     )
+    plan = plan_host_pages(plan, settings.kv.host_pages, free_host_memory(device))
     limits = Limits(
         page_size=plan.page_size,
         num_pages=plan.num_pages,
+        host_pages=plan.host_pages,
         max_slots=engine.max_slots,
         step_tokens=engine.step_tokens,
         max_context=max_context,

@@ -15,11 +15,13 @@ from cyclopts import App, Parameter
 from platformdirs import user_cache_path
 
 from fastserve_jax.errors import FastServeError
+from fastserve_jax.simulation.options import Study
 from fastserve_jax.weights.catalogue import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from fastserve_jax.config import Settings
 
+_STUDY = Study()
 _BEGAN = time.perf_counter()  # what a person waits for includes importing
 
 app = App(
@@ -175,6 +177,18 @@ def doctor() -> None:
 
     for line in findings(cache_folder()):
         print(line)
+
+
+@app.command
+def simulate(study: Annotated[Study, Parameter(name="*")] = _STUDY) -> None:
+    """Play requests through the scheduler in virtual time and compare policies. No model is loaded.
+
+    Requests come from --trace or from --load; --rho says how many of them, as a share of what FCFS
+    can complete.
+    """
+    from fastserve_jax.simulation.study import run_study
+
+    run_study(study)
 
 
 # One or two sequences at a time: fewer programs to compile than a server needs.

@@ -30,6 +30,7 @@ class ModelSettings:
 class KVSettings:
     pages: int = 0  # 0: as many as memory allows
     page_size: int = 16  # tokens
+    host_pages: int = -1  # for sequences that wait; -1: as many as memory allows, 0: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,7 @@ def _check_values(settings: Settings) -> None:
     lowest = {
         "kv.pages": (kv.pages, 0),
         "kv.page_size": (kv.page_size, 1),
+        "kv.host_pages": (kv.host_pages, -1),
         "engine.max_slots": (engine.max_slots, 1),
         "engine.step_tokens": (engine.step_tokens, engine.max_slots),
         "engine.max_context": (engine.max_context, 0),

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from .core.scheduler import Scheduler, Stats
+from .core.scheduler import Scheduler
+from .core.stats import Stats
 from .core.types import DoneEvent, Event, Plan, Request, StepResult
 from .errors import EngineFailed
 
@@ -249,10 +250,10 @@ class Engine:
                 stream.put(event)
 
     def _record(self, plan: Plan, elapsed_s: float) -> StepRecord:
-        tokens = sum(work.count for work in plan.work)
-        prefill_tokens = sum(work.count for work in plan.work if work.count > 1)
+        load = plan.load
         return StepRecord(
-            plan.step, len(plan.work), tokens, prefill_tokens, elapsed_s, self._scheduler.stats()
+            *(plan.step, len(plan.work), load.tokens, load.prefill_tokens),
+            *(elapsed_s, self._scheduler.stats()),
         )
 
     def _failed(self) -> EngineFailed:

@@ -22,7 +22,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from fastserve_jax.core.scheduler import Stats
+from fastserve_jax.core.stats import Stats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (
@@ -223,8 +223,16 @@ class Metrics(Collector):
             ("prefix_cache_hits_total", "Prompt tokens found.", stats.prefix_hit_tokens),
             ("computed_tokens_total", "Positions run, repeats included.", stats.computed_tokens),
             ("engine_steps_total", "Steps committed.", stats.steps),
+            ("engine_busy_seconds_total", "Time in steps.", stats.busy_s),
+            *_swapping(stats),
         ):
             yield self._family(name, text, value)
+        for name, value in stats.policy.items():
+            yield self._family(name, f"{name.replace('_', ' ').capitalize()}.", value)
+        if stats.levels:
+            levels = {str(level): count for level, count in enumerate(stats.levels)}
+            text = "Live requests by the policy's level, the first going first."
+            yield self._by("queue_level_requests", text, "level", levels, GaugeMetricFamily)
         info = GaugeMetricFamily(
             "fastserve:cache_config_info",
             "Size of the KV cache.",
@@ -242,8 +250,32 @@ class Metrics(Collector):
         family.add_metric([self.model_name], value)
         return family
 
-    def _by(self, name: str, text: str, label: str, counts: Mapping[str, int]) -> Metric:
-        family = CounterMetricFamily(f"fastserve:{name}", text, labels=["model_name", label])
+    def _by(
+        self,
+        name: str,
+        text: str,
+        label: str,
+        counts: Mapping[str, int],
+        kind: type[CounterMetricFamily | GaugeMetricFamily] = CounterMetricFamily,
+    ) -> Metric:
+        family = kind(f"fastserve:{name}", text, labels=["model_name", label])
         for key, count in counts.items():
             family.add_metric([self.model_name, key], count)
         return family
+
+
+def _swapping(stats: Stats) -> tuple[tuple[str, str, float], ...]:
+    """What moves between device and host memory, and what it saves and costs."""
+    host = stats.host_pages_used / stats.host_pages_total if stats.host_pages_total else 0.0
+    size = stats.page_bytes
+    return (
+        ("host_cache_usage_perc", "Share of host KV pages in use, 0 to 1.", host),
+        ("host_cache_hits_total", "Tokens found in host memory.", stats.host_hit_tokens),
+        ("swap_out_pages_total", "Pages copied to host memory.", stats.pages_out),
+        ("swap_in_pages_total", "Pages copied back.", stats.pages_in),
+        ("swap_out_bytes_total", "Bytes copied to host memory.", stats.pages_out * size),
+        ("swap_in_bytes_total", "Bytes copied back.", stats.pages_in * size),
+        ("swap_stall_seconds_total", "Time that copies added to steps.", stats.stall_s),
+        ("recomputed_tokens_total", "Positions a preemption lost.", stats.recomputed_tokens),
+        ("step_cost_error", "Mean error of predicted step time, moving.", stats.cost_error),
+    )

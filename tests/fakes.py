@@ -99,6 +99,9 @@ class FakeDevice:
         self._memory: list[list[int | None]] = [
             [None] * limits.page_size for _ in range(limits.num_pages)
         ]
+        self._host: list[list[int | None]] = [
+            [None] * limits.page_size for _ in range(limits.host_pages)
+        ]
         self.steps = 0
         self.positions_run = 0
         self.admitted: list[int] = []  # request ids, in order
@@ -107,6 +110,7 @@ class FakeDevice:
         if self._checking:
             self._check(plan)
         self.steps += 1
+        self._swap(plan)
         for admission in plan.admissions:
             self._slots[admission.slot] = _Slot(admission, list(admission.tokens))
             self.admitted.append(admission.request_id)
@@ -134,17 +138,32 @@ class FakeDevice:
     def _check(self, plan: Plan) -> None:
         limits, counts = self._limits, [work.count for work in plan.work]
         assert plan.step == self.steps, "a step is lost or twice here"
-        assert counts, "an empty plan"
-        assert min(counts) >= 1
+        assert counts or plan.swap_out or plan.swap_in, "an empty plan"
+        assert all(counts), "a row of nothing"
         assert sum(counts) <= limits.step_tokens, "over the token budget"
         assert len(counts) <= limits.max_slots, "too many rows"
         assert sorted(counts, key=lambda count: count > 1) == counts, "one-token rows come first"
         slots = [work.slot for work in plan.work]
         assert len(set(slots)) == len(slots), "a slot has two rows"
         assert set(slots) <= set(range(limits.max_slots))
+        load, tokens = plan.load, sum(counts)
+        assert (load.tokens, load.decode_rows) == (tokens, counts.count(1)), "mismeasured"
         working = {(work.request_id, work.slot) for work in plan.work}
         for admission in plan.admissions:
             assert (admission.request_id, admission.slot) in working, "admitted without work"
+
+    def _swap(self, plan: Plan) -> None:
+        """Out, then in; several targets of one kind must differ, for the copies may run at once."""
+        assert plan.load.pages_out == len(plan.swap_out)
+        assert plan.load.pages_in == len(plan.swap_in)
+        for copies in (plan.swap_out, plan.swap_in):
+            assert len({target for _, target in copies}) == len(copies), "a target has two sources"
+        for page, host_page in plan.swap_out:
+            assert min(page, host_page) >= 0
+            self._host[host_page] = list(self._memory[page])
+        for host_page, page in plan.swap_in:
+            assert min(page, host_page) >= 0
+            self._memory[page] = list(self._host[host_page])
 
     def _write(self, slot: _Slot, work: Work) -> None:
         size = self._limits.page_size

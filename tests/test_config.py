@@ -49,6 +49,7 @@ def test_a_bare_word_is_a_string():
         ("kv.pages=many", "kv.pages"),
         ("kv.pages=-1", "at least 0"),
         ("kv.page_size=0", "at least 1"),
+        ("kv.host_pages=-2", "at least -1"),
         ("engine.step_tokens=8", "at least 32"),
         ("model.dtype=int3", "auto, bf16, f32"),
         ("server.port=70000", "65535"),

@@ -58,7 +58,6 @@ class ChatRequest(SamplingFields, kw_only=True):
     tool_choice: object = None
     add_generation_prompt: bool | None = None
     return_token_ids: bool | None = None
-    user: str | None = None
     functions: object = None
     function_call: object = None
     audio: object = None

@@ -35,7 +35,6 @@ class CompletionRequest(SamplingFields, kw_only=True):
     stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
-    user: str | None = None
 
     def prompts(self, max_prompts: int) -> list[PromptTokens]:
         """Each prompt as given. Raises InvalidRequest for an empty or mixed one, or too many."""

@@ -50,7 +50,6 @@ class ResponseRequest(SamplingFields, kw_only=True):
     background: bool | None = None
     conversation: object = None
     prompt: object = None
-    user: str | None = None
 
     def check(self) -> None:
         """Refuse what would change the answer and is not served, naming the field."""

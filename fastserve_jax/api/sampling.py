@@ -17,6 +17,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGIT_BIAS = 300
 MAX_SALT_CHARS = 256
+MAX_NAME_CHARS = 512  # of a user or a session
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 MAX_PRIORITY = 1_000_000
 
@@ -64,6 +65,9 @@ class SamplingFields(RefusedFields, kw_only=True):
     priority: int | None = None
     deadline_ms: float | None = None
     cache_salt: str | None = None
+    user: str | None = None  # OpenAI's name of the client's own user; its successor below
+    safety_identifier: str | None = None
+    session_id: str | None = None
 
 
 _HARMLESS: dict[str, tuple[object, ...]] = {

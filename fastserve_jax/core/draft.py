@@ -8,53 +8,64 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections import deque
+from heapq import nlargest
 
-from .books import Books
-from .pages import Release
-from .policy import Policy
+from .books import Books, Match
+from .cost import QUERY_BLOCK, CostModel, StepLoad
+from .ordering import Policy
 from .sequence import Sequence, by_rank
 from .types import Admission, Plan, Work
 
 _LOOK_AHEAD = 64  # waiting sequences passed over for want of pages before a step stops looking
+_COPY_SHARE = 0.05  # of a step's time that copies ahead of need may add where nothing hides them
+_MOST_KEEPERS = 4  # whose pages are copied ahead of need in one step
 
 
 class Draft:
-    """Filled once by `make`, then thrown away.
+    """Filled once by `make`, then thrown away."""
 
-    What leaving sequences will give back counts as granted (`claimed`) to those it was freed for,
-    by rank, so that nobody is preempted twice for the same need.
-    """
-
-    def __init__(self, books: Books, policy: Policy, now: float) -> None:
+    def __init__(self, books: Books, policy: Policy, cost: CostModel, now: float) -> None:
         self._books = books
         self._limits = books.limits
         self._policy = policy
+        self._cost = cost
         self._now = now
         self._rows: dict[int, Sequence] = {}  # run one token each
         self._prefills: list[Sequence] = []
         self._chunks: list[tuple[Sequence, int]] = []
         self._chunk_tokens = 0
+        self._kv_tokens = 0
         self._admissions: list[Admission] = []
+        self._admitted: list[Sequence] = []
         self._aside: list[Sequence] = []  # to be queued again when the scan is over
         self._victims_left: list[Sequence] | None = None  # running, best rank first
-        self._release: Release | None = None  # of all who are leaving
-        self._claimed_pages = 0
-        self._claimed_slots = 0
         self.preemptions = 0
-        self.hit_tokens = 0  # taken from the prefix cache
+        self.hit_tokens = 0  # of admitted sequences, found in the cache
+        self.host_hit_tokens = 0  # of them, in host memory
 
     def make(self, step: int) -> Plan | None:
         """The plan, or None when nothing can run now."""
         growing = self._collect()
+        self._books.spare_copies = self._copies_left(0.0) // 2
         if growing:
             self._grow(growing)
+        if len(self._books.away):
+            self._fetch()
         self._fill()
         for seq in self._aside:
-            self._books.waiting.push(seq)
+            self._books.queue(seq)
+        if self._limits.host_pages and self._policy.swaps:
+            self._write_behind()
         rows = [self._work(seq, 1) for seq in self._rows.values()]
         rows += [self._work(seq, count) for seq, count in self._chunks if count == 1]
+        ones = len(rows)
         rows += [self._work(seq, count) for seq, count in self._chunks if count > 1]
-        return Plan(step, tuple(self._admissions), tuple(rows)) if rows else None
+        swap_out, swap_in = self._books.take_swaps()
+        if not rows and not swap_out and not swap_in:
+            return None
+        prefill_tokens = len(self._rows) + self._chunk_tokens - ones
+        load = StepLoad(prefill_tokens, ones, self._kv_tokens, len(swap_out), len(swap_in))
+        return Plan(step, tuple(self._admissions), tuple(rows), swap_out, swap_in, load)
 
     @property
     def _budget(self) -> int:
@@ -101,7 +112,7 @@ class Draft:
                 if not self._budget:
                     return
                 seq = prefills.popleft()
-                if not seq.leaving and seq.slot >= 0:
+                if seq.slot >= 0:
                     self._chunk(seq)
             elif head is None:
                 return
@@ -114,14 +125,16 @@ class Draft:
     def _is_open(self) -> bool:
         """Whether looking at the next waiting sequence can come to anything."""
         books, head = self._books, self._books.waiting.peek()
-        slot_free = self._claimed_slots < len(books.free_slots)
+        slot_free = bool(books.free_slots)
         if head is None or not (self._budget if slot_free else self._policy.preempts):
+            return False
+        if not self._policy.takes(head, len(books.running)):
             return False
         candidates = self._candidates
         if candidates and candidates[-1].rank > head.rank:
             return True
         betters = len(candidates) + len(self._admissions)  # see _admit
-        return slot_free and books.index.available - self._claimed_pages > betters
+        return slot_free and books.index.available > betters
 
     def _chunk(self, seq: Sequence) -> None:
         count = min(seq.left, self._budget)
@@ -129,59 +142,82 @@ class Draft:
         self._chunk_tokens += count
 
     def _admit(self, seq: Sequence) -> bool:
-        """Let `seq` in, or make room for it by the next step, or change nothing."""
-        books = self._books
-        shared = books.match(seq)
-        private = self._limits.pages_for(seq.entry_tokens) - len(shared)
+        """Let `seq` in, making room where lower ranks have it, or change nothing."""
+        books, policy = self._books, self._policy
+        found = self._match(seq)
+        total = self._limits.pages_for(seq.entry_tokens)
+        private = total - len(found.on_device)
+        if self._limits.host_pages and policy.swaps and books.running:
+            # What must leave for it may have to be copied: not more than the step can bear.
+            copies = len(found.host_pages) + max(0, private - books.index.disposable)
+            if copies and copies > self._copies_left():
+                if found.host_pages:
+                    books.send_away(seq)
+                return False
+        betters = self._candidates[: bisect(self._candidates, seq.rank, key=by_rank)]
+        betters += self._admitted
         # A page for everybody before it, or their next page would throw it out again at once.
-        betters = bisect(self._candidates, seq.rank, key=by_rank) + len(self._admissions)
-        if not self._make_room(seq, pages=private + betters, slots=1, keep=shared):
+        pages = private + len(betters)
+        if not self._make_room(seq, pages=pages, slots=1, tokens=1, keep=found.on_device):
             return False
-        if not self._budget:
-            return False
-        books.admit(seq, shared, private)
-        self.hit_tokens += seq.planned
-        if seq.queued_s < 0:
-            seq.queued_s, seq.cached_tokens = self._now - seq.submitted, seq.planned
+        books.admit(seq, found, total)
+        policy.run(seq, self._now, self._cost.move_s(0, total))
+        self._count_hits(seq, found)
+        self._admitted.append(seq)
         self._admissions.append(
             Admission(seq.id, seq.slot, tuple(seq.tokens), seq.prompt_tokens, seq.request.sampling)
         )
         self._chunk(seq)
         return True
 
+    def _match(self, seq: Sequence) -> Match:
+        """What to take from the caches: host pages only where copying beats computing."""
+        found = self._books.match(seq)
+        if found.host_pages:
+            without = self._books.match(seq, with_host=False)
+            saved = found.positions - without.positions
+            saved_s = saved * self._cost.token_s(self._limits.step_tokens)
+            if self._cost.move_s(0, len(found.host_pages)) >= saved_s:
+                return without
+        return found
+
+    def _count_hits(self, seq: Sequence, found: Match) -> None:
+        self.hit_tokens += found.positions
+        fetched = min(seq.fetched, found.positions - found.host_positions)
+        self.host_hit_tokens += found.host_positions + fetched
+        seq.fetched = 0
+        if seq.queued_s < 0:
+            seq.queued_s, seq.cached_tokens = self._now - seq.submitted, seq.planned
+
     # Room
 
     def _make_room(
-        self, seq: Sequence, *, pages: int, slots: int = 0, keep: list[int] | None = None
+        self,
+        seq: Sequence,
+        *,
+        pages: int,
+        slots: int = 0,
+        tokens: int = 0,
+        keep: list[int] | None = None,
     ) -> bool:
-        """Whether so much is free now. If not, preempt lower ranks where that is of use."""
-        keep = keep or []
-        if self._is_free(pages, slots, keep):
-            return True
-        victims = self._victims(seq, pages, slots, keep)
-        if victims is None:
+        """Whether so much is free, after preempting lower ranks where that is of use."""
+        victims = self._victims(seq, pages, slots, keep or [])
+        if victims is None or tokens > self._budget + sum(v.id in self._rows for v in victims):
             return False
         for victim in victims:
             self._preempt(victim)
-        if self._is_free(pages, slots, keep):
-            return True
-        self._claimed_pages += pages
-        self._claimed_slots += slots
-        return False
-
-    def _is_free(self, pages: int, slots: int, keep: list[int]) -> bool:
-        index = self._books.index
-        spare = index.available - index.idle_among(keep) - self._claimed_pages
-        return pages <= spare and slots <= len(self._books.free_slots) - self._claimed_slots
+        return True
 
     def _victims(
         self, seq: Sequence, pages: int, slots: int, keep: list[int]
     ) -> list[Sequence] | None:
         """The lowest ranks whose leaving gives `seq` what it lacks; None if that is impossible."""
         books = self._books
-        slots += self._claimed_slots - len(books.free_slots) - len(books.leaving)
-        pages += self._claimed_pages - books.index.available + books.index.idle_among(keep)
-        release = self._leaving_release.without(keep) if pages > 0 else books.pool.release()
+        slots -= len(books.free_slots)
+        pages -= books.index.available - (books.index.idle_among(keep) if keep else 0)
+        if slots <= 0 and pages <= 0:
+            return []
+        release = books.pool.release(keep)
         lower = self._candidates[bisect(self._candidates, seq.rank, key=by_rank) :]
         victims: list[Sequence] = []
         while slots > 0 or pages > release.pages:
@@ -195,14 +231,6 @@ class Draft:
         return victims
 
     @property
-    def _leaving_release(self) -> Release:
-        if self._release is None:
-            self._release = self._books.pool.release()
-            for seq in self._books.leaving.values():
-                self._release.add(seq.pages)
-        return self._release
-
-    @property
     def _candidates(self) -> list[Sequence]:
         """The running before this step's admissions, best rank first: who could make room."""
         if self._victims_left is None:
@@ -214,11 +242,77 @@ class Draft:
         self._candidates.pop()
         self._rows.pop(victim.id, None)
         self.preemptions += 1
-        if self._books.leave(victim):
+        if self._books.preempt(victim):
             self._policy.wait(victim, self._now)
             self._aside.append(victim)
-        elif self._release is not None:
-            self._release.add(victim.pages)
+
+    # Copies ahead of need (FastServe section 4.2: proactive swapping, idle pages)
+
+    def _fetch(self) -> None:
+        """Bring back what had to leave, best rank first: as much as the step hides and the policy
+        allows. Nobody waits on the device for copies of another."""
+        books = self._books
+        most = self._copies_left()
+        is_idle = not books.running and books.waiting.peek() is None
+        while (head := books.away.peek()) is not None and (is_idle or self._wants(head)):
+            found = self._match(head)
+            lacking = len(found.host_pages)
+            count = min(lacking, most, self._room_for(head, found))
+            if count > 0:
+                books.fetch(head, found, count)
+                most -= count
+            if count < lacking and not is_idle:
+                return
+            books.make_ready(head)
+            is_idle = False
+
+    def _wants(self, head: Sequence) -> bool:
+        """Whether `head` would enter if it were here, or there is room to bring it early."""
+        if self._books.free_slots or self._books.index.disposable > self._policy.reserve_pages:
+            return True
+        return self._policy.preempts and self._candidates[-1].rank > head.rank
+
+    def _room_for(self, head: Sequence, found: Match) -> int:
+        """Pages that `head` may take: nobody's, and those of the one that can wait longest."""
+        index, sequences = self._books.index, self._books.sequences
+        room = index.disposable - index.others_among(found.on_device, head.id)
+        if index.keepers:
+            last = self._books.last(index.keepers)
+            if last != head.id and sequences[last].rank > head.rank:
+                room += len(index.kept(last))
+        return max(room, 0)
+
+    def _write_behind(self) -> None:
+        """Keep `reserve_pages` that can be taken at once: nobody's, or with a copy already."""
+        index, books, policy = self._books.index, self._books, self._policy
+        short = policy.reserve_pages - index.disposable
+        if short <= 0 or not index.keepers:
+            return
+        most, sequences = self._copies_left(), books.sequences
+        longest = nlargest(
+            _MOST_KEEPERS, index.keepers, lambda i: policy.starts_in(sequences[i], self._now)
+        )
+        for keeper in longest:
+            for page in index.kept(keeper):
+                if most <= 0 or short <= 0:
+                    return
+                digest = index.digest(page)
+                if digest not in books.host:
+                    most -= books.save(page, digest)
+                short -= 1
+
+    def _copies_left(self, credit_s: float | None = None) -> int:
+        """How many more pages this step may move: what its compute hides, and what it may be
+        longer for, by the policy unless given."""
+        cost, books = self._cost, self._books
+        page_s = max(cost.page_out_s, cost.page_in_s)
+        if page_s <= 0:
+            return self._limits.num_pages
+        step_s = cost.compute_s(StepLoad(self._chunk_tokens, len(self._rows)))
+        left_s = step_s * (1.0 if cost.overlaps else _COPY_SHARE)
+        left_s += self._policy.copy_credit_s() if credit_s is None else credit_s
+        left_s -= cost.move_s(len(books.swap_out), len(books.swap_in))
+        return int(min(max(left_s / page_s, 0.0), self._limits.num_pages))
 
     def _work(self, seq: Sequence, count: int) -> Work:
         start, first_page = seq.planned, seq.sent_pages
@@ -228,6 +322,7 @@ class Draft:
         seq.in_flight += 1
         if samples:
             seq.pending += 1
+        self._kv_tokens += end if count == 1 else end * -(-count // QUERY_BLOCK)
         pages: tuple[int, ...] = ()
         if first_page * self._limits.page_size < end:
             seq.sent_pages = self._limits.pages_for(end)

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 class Release:
     """What comes free if several holders let go, worked out before anybody does."""
 
-    def __init__(self, references: list[int]) -> None:
+    def __init__(self, references: list[int], keep: Iterable[int]) -> None:
         self._references = references
-        self._dropped: dict[int, int] = {}
+        self._dropped = dict.fromkeys(keep, -1)  # one short of free for ever
         self.pages = 0  # that nobody would hold any more
 
     def add(self, pages: Iterable[int]) -> None:
@@ -20,15 +20,6 @@ class Release:
             count = dropped[page] = dropped.get(page, 0) + 1
             if count == references[page]:
                 self.pages += 1
-
-    def without(self, keep: list[int]) -> Release:
-        """The same, `keep` not counted now nor later."""
-        other = Release(self._references)
-        other._dropped = self._dropped.copy()
-        kept = sum(self._dropped.get(page) == self._references[page] for page in keep)
-        other.pages = self.pages - kept
-        other._dropped.update(dict.fromkeys(keep, -1))  # one short of free for ever
-        return other
 
 
 class PagePool:
@@ -64,8 +55,9 @@ class PagePool:
         assert self._references[page] == 0, f"page {page} is in use"
         self._free.append(page)
 
-    def release(self) -> Release:
-        return Release(self._references)
+    def release(self, keep: Iterable[int] = ()) -> Release:
+        """An empty one, in which the pages `keep` never come free."""
+        return Release(self._references, keep)
 
     def check(self, held: dict[int, int], idle: Iterable[int]) -> None:
         """`held` counts each page's holders; `idle` are the index's unreferenced pages."""

@@ -1,7 +1,8 @@
-"""Which full pages hold which tokens, so that equal prefixes are computed once.
+"""Which device pages hold which tokens, so that nothing is computed twice while it lasts.
 
-A page is named by a SHA-256 over its tokens and everything before them. Knows pages and tokens;
-nothing of requests, phases or order.
+A page is named by a SHA-256 over its tokens and everything before them. Unreferenced pages that
+have a name stay until their room is needed: first those nobody in particular will want, longest
+unused first; then those kept for a waiting sequence. Knows pages, names and opaque keepers.
 """
 
 from __future__ import annotations
@@ -9,14 +10,21 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, KeysView, Sequence
 
 from .pages import PagePool
+
+# A page is about to lose its name and its content; whether somebody waits who will want it.
+Evicted = Callable[[int, bytes, int | None], None]
+
+
+def root_digest(salt: str) -> bytes:
+    return hashlib.sha256(salt.encode()).digest()
 
 
 def extend_chain(chain: list[bytes], tokens: Sequence[int], page_size: int, salt: str) -> None:
     """Append to `chain` the digests of those full pages of `tokens` that it lacks."""
-    parent = chain[-1] if chain else hashlib.sha256(salt.encode()).digest()
+    parent = chain[-1] if chain else root_digest(salt)
     pack = struct.Struct(f"<{page_size}I").pack
     for page in range(len(chain), len(tokens) // page_size):
         of_page = tokens[page * page_size : (page + 1) * page_size]
@@ -24,24 +32,43 @@ def extend_chain(chain: list[bytes], tokens: Sequence[int], page_size: int, salt
         chain.append(parent)
 
 
-class PrefixIndex:
-    """Digests to pages. Indexed pages that nobody references stay until their room is needed,
-    the one unused longest going first."""
+def tail_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The name of a last page that `tokens` do not fill."""
+    return hashlib.sha256(parent + struct.pack(f"<{len(tokens)}I", *tokens) + b"tail").digest()
 
-    def __init__(self, pool: PagePool) -> None:
+
+class PrefixIndex:
+    def __init__(self, pool: PagePool, evicted: Evicted = lambda *what: None) -> None:
         self._pool = pool
+        self._evicted = evicted
         self._page_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # unreferenced, longest unused first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # nobody's, longest unused first
+        self._kept: dict[int, dict[int, None]] = {}  # by keeper: unreferenced, last page first
+        self._keeper_of: dict[int, int] = {}
 
     @property
     def available(self) -> int:
         """Pages that `take` could hand out."""
+        return self._pool.free + len(self._idle) + len(self._keeper_of)
+
+    @property
+    def disposable(self) -> int:
+        """Of them, those that no waiting sequence would miss."""
         return self._pool.free + len(self._idle)
 
     @property
     def idle(self) -> int:
-        return len(self._idle)
+        """Unreferenced pages with a name."""
+        return len(self._idle) + len(self._keeper_of)
+
+    @property
+    def keepers(self) -> KeysView[int]:
+        return self._kept.keys()
+
+    def kept(self, keeper: int) -> list[int]:
+        """Its unreferenced pages, last one first."""
+        return list(self._kept.get(keeper, ()))
 
     def match(self, chain: Iterable[bytes]) -> list[int]:
         """The pages of the longest known prefix of `chain`. Changes nothing."""
@@ -53,19 +80,45 @@ class PrefixIndex:
             pages.append(page)
         return pages
 
+    def find(self, digest: bytes) -> int | None:
+        return self._page_of.get(digest)
+
+    def digest(self, page: int) -> bytes:
+        return self._digest_of[page]
+
+    def name(self, page: int) -> bytes | None:
+        """The digest that it is found by, if it is."""
+        return self._digest_of.get(page)
+
     def idle_among(self, pages: Iterable[int]) -> int:
-        return sum(page in self._idle for page in pages)
+        return sum(page in self._idle or page in self._keeper_of for page in pages)
+
+    def others_among(self, pages: Iterable[int], keeper: int) -> int:
+        """Of unreferenced `pages`, those not kept for `keeper`."""
+        idle, keeper_of = self._idle, self._keeper_of
+        return sum(page in idle or keeper_of.get(page, keeper) != keeper for page in pages)
 
     def share(self, pages: Iterable[int]) -> None:
+        """One more holder of each."""
         for page in pages:
             self._idle.pop(page, None)
+            self._unkeep_page(page)
             self._pool.share(page)
 
-    def take(self, count: int) -> list[int]:
-        """`count` private pages; forgets the longest unused prefixes where it must."""
+    def take(self, count: int, last: Callable[[KeysView[int]], int]) -> list[int]:
+        """`count` private pages; where it must, makes room: `last` names, among keepers, the one
+        that can do without its pages for longest, which loses its last pages first."""
         while self._pool.free < count:
-            page, _ = self._idle.popitem(last=False)
-            del self._page_of[self._digest_of.pop(page)]
+            keeper: int | None = None
+            if self._idle:
+                page, _ = self._idle.popitem(last=False)
+            else:
+                keeper = last(self._kept.keys())
+                page = next(iter(self._kept[keeper]))
+                self._unkeep_page(page)
+            digest = self._digest_of.pop(page)
+            del self._page_of[digest]
+            self._evicted(page, digest, keeper)
             self._pool.free_page(page)
         return self._pool.take(count)
 
@@ -75,17 +128,43 @@ class PrefixIndex:
             self._page_of[digest] = page
             self._digest_of[page] = digest
 
-    def release(self, pages: list[int]) -> None:
-        """Drop one reference of each. Later pages age first: none is found without its parent."""
+    def withdraw(self, page: int) -> None:
+        """`page` is about to be written further: it has no name any more."""
+        del self._page_of[self._digest_of.pop(page)]
+
+    def release(self, pages: list[int], keeper: int | None = None) -> None:
+        """Drop one reference of each; what has a name is kept for `keeper`. Later pages go first
+        when room is needed: none is found without its parent."""
         for page in reversed(pages):
             if self._pool.drop(page):
-                if page in self._digest_of:
+                if page not in self._digest_of:
+                    self._pool.free_page(page)
+                elif keeper is None:
                     self._idle[page] = None
                 else:
-                    self._pool.free_page(page)
+                    self._kept.setdefault(keeper, {})[page] = None
+                    self._keeper_of[page] = keeper
+
+    def unkeep(self, keeper: int) -> None:
+        """`keeper` needs its pages no more than anybody else."""
+        for page in self._kept.pop(keeper, ()):
+            del self._keeper_of[page]
+            self._idle[page] = None
+
+    def _unkeep_page(self, page: int) -> None:
+        keeper = self._keeper_of.pop(page, None)
+        if keeper is not None:
+            pages = self._kept[keeper]
+            del pages[page]
+            if not pages:
+                del self._kept[keeper]
 
     def check(self, held: dict[int, int]) -> None:
         """`held` counts each page's holders. Raises AssertionError when books do not balance."""
-        self._pool.check(held, self._idle)
+        self._pool.check(held, [*self._idle, *self._keeper_of])
         assert {d: p for p, d in self._digest_of.items()} == self._page_of, "two names of a page"
         assert all(page in self._digest_of for page in self._idle), "an idle page has no name"
+        assert all(page in self._digest_of for page in self._keeper_of), "a kept page has no name"
+        kept = {page: keeper for keeper, pages in self._kept.items() for page in pages}
+        assert kept == self._keeper_of, "keepers"
+        assert all(self._kept.values()), "a keeper of nothing"

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from dataclasses import dataclass
 
 from ..errors import InvalidRequest, Overloaded
 from .books import Books
+from .cost import CostModel
 from .draft import Draft
-from .policy import Policy
+from .ordering import Policy
 from .sequence import Limits, Sequence
+from .stats import Stats
 from .types import (
     DoneEvent,
     Event,
@@ -35,40 +36,27 @@ __all__ = ["Limits", "Scheduler", "Stats"]
 _MOST_IN_FLIGHT = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """The scheduler at one moment; everything after `pages_total` only ever grows."""
-
-    running: int
-    waiting: int
-    ending: int  # preempted or over, with a step still in flight
-    pages_used: int  # referenced
-    pages_cached: int  # unreferenced, kept for their prefix
-    pages_total: int
-    submitted: int = 0
-    rejected: int = 0
-    finished: int = 0  # for whatever reason
-    preemptions: int = 0
-    prefix_query_tokens: int = 0  # of admitted sequences
-    prefix_hit_tokens: int = 0  # of them, found in the cache
-    computed_tokens: int = 0  # positions run, recomputed ones included
-    output_tokens: int = 0
-    steps: int = 0
-    busy_s: float = 0.0
-
-
 class Scheduler:
-    def __init__(self, limits: Limits, policy: Policy) -> None:
+    """`cost` is corrected by every step that is committed."""
+
+    def __init__(self, limits: Limits, policy: Policy, cost: CostModel | None = None) -> None:
         self.limits = limits
+        self.cost = cost or CostModel()
         self._policy = policy
         self._books = Books(limits)
+        self._books.saves = self._is_worth_a_copy
+        self._now = 0.0
+        sequences = self._books.sequences
+        self._books.last = lambda keepers: policy.last(sequences, keepers, self._now)
         self._plans: deque[Plan] = deque()  # in flight, oldest first
         self._step = 0
         self._deadlines: list[tuple[float, int]] = []
         self._submitted = self._rejected = self._finished = self._preemptions = 0
         self._prefix_query_tokens = self._prefix_hit_tokens = 0
         self._computed_tokens = self._output_tokens = 0
-        self._busy_s = 0.0
+        self._busy_s = self._stall_s = 0.0
+        self._pages_out = self._pages_in = 0
+        self._host_hit_tokens = self._recomputed_tokens = 0
 
     @property
     def live(self) -> int:
@@ -87,10 +75,10 @@ class Scheduler:
         assert request.id not in self._books.sequences, f"request {request.id} is live already"
         seq = Sequence(request, list(request.prompt), submitted=now)
         self._books.enter(seq)
-        cached_tokens = len(self._books.match(seq)) * self.limits.page_size
-        self._policy.join(seq, seq.prompt_tokens - cached_tokens)
+        cached_tokens = self._books.match(seq).positions
+        self._policy.join(seq, seq.prompt_tokens - cached_tokens, now)
         self._policy.wait(seq, now)
-        self._books.waiting.push(seq)
+        self._books.queue(seq)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.id))
         self._submitted += 1
@@ -115,9 +103,9 @@ class Scheduler:
                 param="max_tokens",
                 code="context_length_exceeded",
             )
-        if len(self._books.waiting) >= limits.max_queue or self.live >= limits.max_live:
+        if self._books.num_waiting >= limits.max_queue or self.live >= limits.max_live:
             raise Overloaded(
-                f"{len(self._books.waiting)} requests are waiting and {self.live} are live, the "
+                f"{self._books.num_waiting} requests are waiting and {self.live} are live, the "
                 f"limits are {limits.max_queue} and {limits.max_live}: try again later"
             )
 
@@ -154,9 +142,10 @@ class Scheduler:
         At most two plans may be uncommitted.
         """
         assert len(self._plans) < _MOST_IN_FLIGHT, "commit the oldest plan first"
-        for seq in self._policy.due(now):
-            self._books.waiting.push(seq)
-        draft = Draft(self._books, self._policy, now)
+        self._now = now
+        for seq in self._policy.due(now, self._books.index.disposable):
+            self._books.queue(seq)
+        draft = Draft(self._books, self._policy, self.cost, now)
         plan = draft.make(self._step)
         self._preemptions += draft.preemptions
         if plan is None:
@@ -164,6 +153,9 @@ class Scheduler:
         for admission in plan.admissions:
             self._prefix_query_tokens += len(admission.tokens)
         self._prefix_hit_tokens += draft.hit_tokens
+        self._host_hit_tokens += draft.host_hit_tokens
+        self._pages_out += plan.load.pages_out
+        self._pages_in += plan.load.pages_in
         self._step += 1
         self._plans.append(plan)
         return plan
@@ -173,7 +165,12 @@ class Scheduler:
         assert self._plans, "no plan is in flight"
         assert plan is self._plans[0], "plans are committed in order"
         self._plans.popleft()
+        self._now = now
+        stall_s = self.cost.stall_s(plan.load)
+        self.cost.observe(plan.load, elapsed_s)
+        self._policy.step(elapsed_s, stall_s, now)
         self._busy_s += elapsed_s
+        self._stall_s += stall_s
         books = self._books
         events: list[Event] = []
         for work in plan.work:
@@ -182,24 +179,31 @@ class Scheduler:
             if work.samples:
                 seq.pending -= 1
             if seq.finish is None:
-                self._book(seq, work, result, events)
-            if seq.leaving and not seq.in_flight and books.left(seq):
+                self._book(seq, work, result, elapsed_s, events)
+            if not seq.in_flight and seq.slot < 0 and books.landed(seq):
                 self._policy.wait(seq, now)
-                books.waiting.push(seq)
+                books.queue(seq)
         return events
 
-    def _book(self, seq: Sequence, work: Work, result: StepResult, events: list[Event]) -> None:
-        assert seq.computed == work.start, f"request {seq.id}: {seq.computed} is not {work.start}"
-        end = seq.computed = work.start + work.count
+    def _book(
+        self, seq: Sequence, work: Work, result: StepResult, elapsed_s: float, events: list[Event]
+    ) -> None:
+        end = work.start + work.count
         if not seq.started:
             seq.started = True
             events.append(StartEvent(seq.id, seq.queued_s, seq.cached_tokens))
         self._computed_tokens += work.count
-        if end >= seq.next_full:
-            self._books.share_full_pages(seq)
+        if seq.slot >= 0:  # otherwise preempted since
+            assert seq.computed == work.start, f"request {seq.id}: {seq.computed}, {work.start}"
+            seq.computed = end
+            if work.start < seq.charged:
+                self._recomputed_tokens += min(end, seq.charged) - work.start
+            if end >= seq.next_full:
+                self._books.share_full_pages(seq)
         if end > seq.charged:
-            self._policy.charge(seq, end - max(seq.charged, work.start))
+            fresh = end - max(seq.charged, work.start)
             seq.charged = end
+            self._policy.charge(seq, fresh, elapsed_s)
         if result.scored and seq.id in result.scored:
             self._score(seq, result, events)
         if work.samples:
@@ -231,6 +235,7 @@ class Scheduler:
     def _end(self, seq: Sequence, reason: Finish) -> DoneEvent:
         self._finished += 1
         self._books.end(seq, reason)
+        self._policy.finish(seq, self._now)
         return DoneEvent(seq.id, reason, seq.output_tokens)
 
     # Looking in
@@ -239,8 +244,8 @@ class Scheduler:
         books = self._books
         return Stats(
             running=len(books.running),
-            waiting=len(books.waiting),
-            ending=len(books.leaving),
+            waiting=books.num_waiting,
+            ending=len(books.sequences) - len(books.running) - books.num_waiting,
             pages_used=self.limits.num_pages - books.index.available,
             pages_cached=books.index.idle,
             pages_total=self.limits.num_pages,
@@ -254,7 +259,26 @@ class Scheduler:
             output_tokens=self._output_tokens,
             steps=self._step,
             busy_s=self._busy_s,
+            stall_s=self._stall_s,
+            pages_out=self._pages_out,
+            pages_in=self._pages_in,
+            page_bytes=self.cost.page_bytes,
+            host_pages_used=books.host.used,
+            host_pages_total=books.host.count,
+            host_hit_tokens=self._host_hit_tokens,
+            recomputed_tokens=self._recomputed_tokens,
+            cost_error=self.cost.error,
+            levels=self._policy.levels(),
+            policy=self._policy.numbers(),
         )
+
+    def _is_worth_a_copy(self) -> bool:
+        """Whether a page is copied out and in again sooner than it is computed again."""
+        if not self._policy.swaps:
+            return False
+        cost, limits = self.cost, self.limits
+        anew_s = limits.page_size * cost.token_s(limits.step_tokens)
+        return cost.move_s(1, 1) < anew_s
 
     def check(self) -> None:
         """Raise AssertionError when the books do not balance. Reads everything: for tests."""

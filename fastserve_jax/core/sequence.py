@@ -11,7 +11,8 @@ from operator import attrgetter
 from ..errors import ConfigError
 from .types import LEGAL_MOVES, Finish, Phase, Request
 
-Rank = tuple[int, int, int]  # (level, priority, turn): smaller goes first; turns are unique
+# (level, priority, what the policy orders by, turn): smaller goes first; turns are unique
+Rank = tuple[int, int, float, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class Limits:
 
     page_size: int = 16  # tokens
     num_pages: int = 1024
+    host_pages: int = 0  # in host memory; 0: no host tier
     max_slots: int = 64  # sequences on the device, hence rows of a step
     step_tokens: int = 512  # run in one step, decodes and prompt chunks together
     max_context: int = 4096  # tokens of prompt and output of one request
@@ -28,8 +30,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         for limit in fields(self):
-            if getattr(self, limit.name) < 1:
-                raise ConfigError(f"{limit.name} must be at least 1", param=limit.name)
+            least = 0 if limit.name == "host_pages" else 1
+            if getattr(self, limit.name) < least:
+                raise ConfigError(f"{limit.name} must be at least {least}", param=limit.name)
         if self.step_tokens < self.max_slots:
             raise ConfigError(
                 f"step_tokens ({self.step_tokens}) is below max_slots ({self.max_slots}): "
@@ -45,12 +48,15 @@ class Limits:
 class Sequence:
     """One request on its way. Positions below `computed` are in memory; those up to `planned`
     are being written by steps in flight; `pending` sampled tokens are known to the device only.
+
+    A waiting sequence owns nothing: what it had computed is kept under its digests, on the device
+    or in host memory, as long as there is room.
     """
 
     request: Request
     tokens: list[int]  # prompt and known output
     phase: Phase = Phase.WAITING
-    rank: Rank = (0, 0, 0)
+    rank: Rank = (0, 0, 0.0, 0)
     finish: Finish | None = None
     slot: int = -1
     pages: list[int] = field(default_factory=list)
@@ -59,19 +65,18 @@ class Sequence:
     computed: int = 0
     pending: int = 0
     in_flight: int = 0  # uncommitted plans with work of this sequence
-    leaving: bool = False  # preempted or ended: gives slot and pages back when nothing is in flight
     chain: list[bytes] = field(default_factory=list)  # digests of its full pages
     indexed_pages: int = 0  # of `pages`, offered for sharing or shared
     next_full: int = 0  # computed positions at which one more page can be shared
+    is_away: bool = False  # waits for pages from host memory before it may enter
+    tail: tuple[int, bytes] | None = None  # positions and name of a last page, partly full
     submitted: float = 0.0  # on the caller's clock
     queued_s: float = -1.0  # until first admitted; -1 before
     cached_tokens: int = 0  # prompt tokens found in the prefix cache then
     started: bool = False  # its StartEvent has been told
     next_scored: int = 1  # first prompt position whose log-probability is still owed
-    charged: int = 0  # positions the policy has been told of; recomputing is not charged
-    level: int = 0
-    served_s: float = 0.0  # since it entered its level
-    waiting_since: float = 0.0
+    charged: int = 0  # positions that it has had; what is computed again below is not charged
+    fetched: int = 0  # positions brought from host memory since it last entered
     # derived once, read for every token
     id: int = field(init=False)
     prompt_tokens: int = field(init=False)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import dataclass_transform
 
+from .cost import StepLoad
+
 MAX_TOP_LOGPROBS = 20  # alternatives reported per position, OpenAI's bound
 
 
@@ -43,6 +45,8 @@ class Request:
     priority: int = 0  # lower goes first, within what the policy grants
     deadline: float | None = None  # on the engine's clock; reaching it ends the request
     cache_salt: str = ""  # prefixes are shared only between equal salts
+    client: str = ""  # whose requests share one fair part of the service; "": nobody's
+    session: str = ""  # requests of one conversation or agent, whose service counts together
 
 
 class Phase(enum.Enum):
@@ -96,24 +100,24 @@ class Work:
     samples: bool  # the last of these tokens is followed by a new one
 
 
-@dataclass(frozen=True, slots=True)
-class Swap:
-    """Copy pages between device and host before the step's compute."""
-
-    request_id: int
-    source: tuple[int, ...]
-    target: tuple[int, ...]
+_NO_LOAD = StepLoad()
+Copies = tuple[tuple[int, int], ...]  # (source page, target page), targets all different
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything the device must do for one step, in order: swaps, admissions, work."""
+    """Everything the device must do for one step, in order: swaps out, swaps in, admissions, work.
+
+    Plans take effect in the order they are made, so a page that one plan gives up may be written
+    by the same plan's later parts: what was in flight before has read it by then.
+    """
 
     step: int
     admissions: tuple[Admission, ...]
     work: tuple[Work, ...]  # single-token rows first
-    swap_out: tuple[Swap, ...] = ()
-    swap_in: tuple[Swap, ...] = ()
+    swap_out: Copies = ()  # device page, host page
+    swap_in: Copies = ()  # host page, device page
+    load: StepLoad = _NO_LOAD  # what it weighs, for the cost model
 
 
 TopLogprobs = tuple[tuple[int, float], ...]  # (token, logprob), best first

@@ -19,6 +19,9 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._members)
 
+    def __contains__(self, seq: Sequence) -> bool:
+        return seq.id in self._members
+
     def push(self, seq: Sequence) -> None:
         """Add it, or move it to where its rank now stands."""
         if len(self._heap) > 2 * len(self._members) + _SLACK:

@@ -16,7 +16,7 @@ from typing import Self
 import jax
 from jax import monitoring
 
-from .step import Lower
+from .shapes import Lower
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"

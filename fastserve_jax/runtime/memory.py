@@ -1,9 +1,12 @@
-"""How many KV pages fit: sizes in bytes, from shapes alone. Allocates nothing."""
+"""How many KV pages fit, on the device and in host memory: sizes in bytes, from shapes alone.
+
+Allocates nothing.
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -17,6 +20,8 @@ CPU_FRACTION = 0.05  # of free memory, for pages: a laptop has other uses for th
 CPU_GRAIN = 1  # its pool is a power of two, so that a start finds the programs of the one before
 DEVICE_FRACTION = 0.9  # of an accelerator's, where what is free at start hardly varies
 DEVICE_GRAIN = 16  # steps between two powers of two
+HOST_FRACTION = 0.25  # of an accelerator's host's: pinned, so the kernel cannot make room
+MOST_HOST_BYTES = 48 << 30  # XLA pins 64 GiB for a GPU at the most, unless told otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,7 @@ class FreeMemory:
     free_bytes: int
     fraction: float  # of it that pages may take
     grain: int  # a pool's pages are rounded down to 1 / grain of a power of two
+    shared: bool = False  # host memory that is the device's too
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +42,23 @@ class MemoryPlan:
     page_bytes: int  # of one page, over all layers
     num_pages: int
     page_size: int
+    host_pages: int = 0
 
     @property
     def kv_bytes(self) -> int:
         return self.page_bytes * self.num_pages
 
+    @property
+    def host_bytes(self) -> int:
+        return self.page_bytes * self.host_pages
+
     def __str__(self) -> str:
+        host = f"{_size(self.host_bytes)} more in host memory ({self.host_pages} pages), "
         return (
             f"weights {_size(self.weight_bytes)}, KV {_size(self.kv_bytes)} "
             f"({self.num_pages} pages of {self.page_size} tokens, "
-            f"{self.num_pages * self.page_size:,} in all), step {_size(self.work_bytes)}; "
-            f"{_size(self.free_bytes)} free"
+            f"{self.num_pages * self.page_size:,} in all), {host if self.host_pages else ''}"
+            f"step {_size(self.work_bytes)}; {_size(self.free_bytes)} free"
         )
 
 
@@ -93,6 +105,26 @@ def plan_memory(
     )
 
 
+def plan_host_pages(plan: MemoryPlan, host_pages: int, free: FreeMemory) -> MemoryPlan:
+    """`plan` with so many host pages; -1 takes their fraction of what is `free` in host memory, and
+    where that is the device's too, no more pages than lie there.
+
+    Raises DoesNotFit, saying what would.
+    """
+    left = free.free_bytes
+    if free.shared:
+        left -= plan.weight_bytes + plan.work_bytes + plan.kv_bytes
+    if host_pages < 0:
+        budget = int(min(left, free.free_bytes * free.fraction, MOST_HOST_BYTES))
+        host_pages = _round_down(max(budget, 0) // plan.page_bytes, free.grain)
+        host_pages = min(host_pages, plan.num_pages) if free.shared else host_pages
+    plan = replace(plan, host_pages=host_pages)
+    if plan.host_bytes <= max(left, 0):
+        return plan
+    fits = max(left, 0) // plan.page_bytes
+    raise DoesNotFit(f"the host pages do not fit: {plan}. --set kv.host_pages={fits} would")
+
+
 def _round_down(count: int, grain: int) -> int:
     step = max(1, (1 << max(count, 1).bit_length() - 1) // grain)
     return count // step * step
@@ -104,13 +136,24 @@ def free_memory(device: jax.Device) -> FreeMemory:
     if stats:
         free = stats["bytes_limit"] - stats["bytes_in_use"]
         return FreeMemory(free, DEVICE_FRACTION, DEVICE_GRAIN)
+    return FreeMemory(_free_host_bytes(), CPU_FRACTION, CPU_GRAIN)
+
+
+def free_host_memory(device: jax.Device) -> FreeMemory:
+    """What this process may still take of host memory beside `device`."""
+    if device.platform == "cpu":
+        return replace(free_memory(device), shared=True)
+    return FreeMemory(_free_host_bytes(), HOST_FRACTION, DEVICE_GRAIN)
+
+
+def _free_host_bytes() -> int:
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():  # what the kernel could free counts too
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
-    return FreeMemory(min(free, _group_limit()), CPU_FRACTION, CPU_GRAIN)
+    return min(free, _group_limit())
 
 
 def _group_limit() -> int:

@@ -30,6 +30,7 @@ from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import Batch, State, head_weight
 
 from . import sampling
+from .host import HostTier
 from .sampling import Drawn
 from .step import Rows, Scores, StepShape
 
@@ -46,7 +47,7 @@ class _Given:
 class _Pending:
     """A dispatched step: device arrays, and which request each row belongs to."""
 
-    hidden: jax.Array
+    done: jax.Array | None  # there when all else is; None: nothing was to be done
     drawn: Drawn | None
     sampled: tuple[tuple[int, Sampling], ...]  # request and rules, by row of `drawn`
     scores: Scores | None
@@ -54,7 +55,7 @@ class _Pending:
 
 
 class DeviceRunner:
-    """Owns pages, slots and parameters on the device. Use as a context manager."""
+    """Owns pages, slots and parameters on the device, and the host pages. A context manager."""
 
     def __init__(
         self,
@@ -63,11 +64,15 @@ class DeviceRunner:
         kv_pages: list[jax.Array],
         shape: StepShape,
         programs: Mapping[str, jax.stages.Compiled],
+        host_pages: jax.Array | None = None,
     ) -> None:
-        self._params, self._shape, self._programs = params, shape, programs
+        assert (host_pages is not None) == (shape.host_pages > 0)
+        self.shape = shape
+        self._params, self._programs = params, programs
         self._config = config
         self._head = head_weight(config, params)
         self._kv_pages = kv_pages  # donated to every step
+        self._host = None if host_pages is None else HostTier(host_pages, programs)
         self._state = sampling.empty_state(shape.max_slots, shape.max_context, config.vocab_size)
         self._page_table = np.zeros((shape.max_slots, shape.pages_per_row), np.int32)
         self._given: dict[int, _Given] = {}  # by slot
@@ -79,22 +84,46 @@ class DeviceRunner:
     def __exit__(self, *_: object) -> None:
         self._waiter.shutdown()
 
+    @property
+    def platform(self) -> str:
+        return str(next(iter(self._head.devices())).platform)
+
+    @property
+    def page_bytes(self) -> int:
+        return sum(pages.nbytes for pages in self._kv_pages) // self.shape.num_pages
+
     def dispatch(self, plan: Plan) -> Awaitable[StepResult]:
-        assert not plan.swap_in, "there is no host tier"
-        assert not plan.swap_out, "there is no host tier"
-        for admission in plan.admissions:
-            self._admit(admission)
-        pending = self._launch(plan.work)
+        pending = self._start(plan)
         return asyncio.get_running_loop().run_in_executor(self._waiter, _fetch, pending)
 
+    def run(self, plan: Plan) -> StepResult:
+        """`dispatch`, waited for: where no event loop runs."""
+        return _fetch(self._start(plan))
+
+    def _start(self, plan: Plan) -> _Pending:
+        done = self._swap(plan)
+        for admission in plan.admissions:
+            self._admit(admission)
+        return self._launch(plan.work) if plan.work else _Pending(done, None, (), None, ())
+
+    def _swap(self, plan: Plan) -> jax.Array | None:
+        done = None
+        if plan.swap_out or plan.swap_in:
+            assert self._host is not None, "there is no host tier"
+            if plan.swap_out:
+                done = self._host.swap_out(self._kv_pages, plan.swap_out)
+            if plan.swap_in:  # reads what was swapped out, so it is done no sooner
+                self._kv_pages, done = self._host.swap_in(self._kv_pages, plan.swap_in)
+        return done
+
     def _admit(self, admission: Admission) -> None:
-        row = sampling.slot_row(admission, self._shape.max_context, self._config.vocab_size)
+        row = sampling.slot_row(admission, self.shape.max_context, self._config.vocab_size)
         self._state = self._programs["admit"](self._state, np.int32(admission.slot), row)
         self._given[admission.slot] = _Given(admission.prompt_tokens, admission.sampling)
 
     def _launch(self, works: tuple[Work, ...]) -> _Pending:
         batch, tokens = self._batch(works)
-        bucket = _bucket(self._shape.token_buckets, tokens)
+        bucket = _bucket(self.shape.token_buckets, tokens)
         forward = self._programs[f"forward[{bucket}]"]
         self._kv_pages, hidden = forward(self._params, self._kv_pages, self._state.history, batch)
         # Scored first: drawing donates the history that scoring reads.
@@ -103,7 +132,7 @@ class DeviceRunner:
         return _Pending(hidden, drawn, sampled, scores, scored)
 
     def _batch(self, works: tuple[Work, ...]) -> tuple[Batch, int]:
-        rows = self._shape.max_slots
+        rows = self.shape.max_slots
         slots, kv_lens = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         cu_q_lens = np.zeros(rows + 1, np.int32)
         ones = tokens = 0
@@ -124,8 +153,8 @@ class DeviceRunner:
         ending = [(row, work) for row, work in enumerate(works) if work.samples]
         if not ending:
             return None, ()
-        bucket = _bucket(self._shape.row_buckets, len(ending))
-        rows = _empty_rows(bucket, self._shape.max_slots)
+        bucket = _bucket(self.shape.row_buckets, len(ending))
+        rows = _empty_rows(bucket, self.shape.max_slots)
         for i, (row, work) in enumerate(ending):
             rows.hidden[i] = batch.cu_q_lens[row + 1] - 1
             rows.slots[i], rows.positions[i] = work.slot, work.start + work.count
@@ -137,7 +166,7 @@ class DeviceRunner:
         self, works: tuple[Work, ...], batch: Batch, hidden: jax.Array
     ) -> tuple[Scores | None, tuple[tuple[int, int, int], ...]]:
         """Every prompt token that follows one of this step's, where the request asked for it."""
-        rows = _empty_rows(self._shape.step_tokens, 0)
+        rows = _empty_rows(self.shape.step_tokens, 0)
         scored: list[tuple[int, int, int]] = []
         for row, work in enumerate(works):
             given = self._given[work.slot]
@@ -170,7 +199,8 @@ def _fetch(pending: _Pending) -> StepResult:
     sampled: dict[int, Sampled] = {}
     scored: dict[int, list[Scored]] = {}
     if pending.drawn is None:
-        pending.hidden.block_until_ready()
+        if pending.done is not None:
+            pending.done.block_until_ready()
     else:
         tokens = np.asarray(pending.drawn.tokens).tolist()
         wanted = any(rules.logprobs is not None for _, rules in pending.sampled)

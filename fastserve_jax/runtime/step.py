@@ -4,6 +4,7 @@
     forward[tokens]  new tokens through the decoder; keys and values into their pages
     sample[rows]     head and draw for the rows that end a sequence; the token goes to its history
     score            head and log-probabilities for prompt tokens, in blocks, any number
+    swap_out, _in    where there is a host tier: see host.py
 
 Tokens are read from the slots' histories and drawn ones written back there, so a step follows
 another without the host knowing what was drawn. Forward is bucketed by tokens and sample by rows:
@@ -12,10 +13,11 @@ the number of programs is a sum, not a product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,9 @@ from fastserve_jax.models.layers import project
 from pallas_kernels import KVLayout
 
 from . import sampling
+from .host import HostLayout, swap_lowerings
 from .sampling import Drawn, SlotState
+from .shapes import Lower, abstract, ints, like
 
 SMALLEST_BUCKET = 4  # XLA:CPU multiplies one row 10 times slower than four
 SCORE_ROWS = 32  # rows of logits held at once while scoring a prompt
@@ -46,6 +50,7 @@ class StepShape:
     max_context: int
     page_size: int
     num_pages: int
+    host_pages: int = 0  # 0: no host tier
 
     @property
     def pages_per_row(self) -> int:
@@ -61,6 +66,10 @@ class StepShape:
 
     def layout(self, config: ModelConfig) -> KVLayout:
         return KVLayout(self.num_pages, config.num_kv_heads, self.page_size, config.head_dim)
+
+    def host_layout(self, config: ModelConfig) -> HostLayout:
+        page_elements = math.prod(self.layout(config).shape[1:])
+        return HostLayout(self.host_pages, config.num_layers, page_elements)
 
 
 def buckets(largest: int) -> tuple[int, ...]:
@@ -153,9 +162,6 @@ class Steps:
         return scores
 
 
-type Lower = Callable[[], jax.stages.Lowered]
-
-
 def lowerings(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[tuple[str, Lower]]:
     """Every program by name, with what traces it; those that compile longest first.
 
@@ -165,13 +171,13 @@ def lowerings(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[tuple[s
     state = jax.eval_shape(
         lambda: sampling.empty_state(shape.max_slots, shape.max_context, config.vocab_size)
     )
-    kv_pages = [_like(shape.layout(config).shape, dtype) for _ in range(config.num_layers)]
-    hidden = _like((shape.token_buckets[-1], config.hidden_size), dtype)
-    head = _abstract(head_weight(config, params))
+    kv_pages = [like(shape.layout(config).shape, dtype) for _ in range(config.num_layers)]
+    hidden = like((shape.token_buckets[-1], config.hidden_size), dtype)
+    head = abstract(head_weight(config, params))
     slots = shape.max_slots
-    table = _ints(slots, shape.pages_per_row)
-    batch = Batch(_ints(slots), _ints(slots), table, _ints(slots + 1), _ints(2))
-    params = jax.tree.map(_abstract, params)
+    table = ints(slots, shape.pages_per_row)
+    batch = Batch(ints(slots), ints(slots), table, ints(slots + 1), ints(2))
+    params = jax.tree.map(abstract, params)
     forward = jax.jit(steps.forward, static_argnums=4, donate_argnums=1)
     for tokens in reversed(shape.token_buckets):
         given = (params, kv_pages, state.history, batch, tokens)
@@ -179,24 +185,13 @@ def lowerings(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[tuple[s
 
     sample = jax.jit(steps.sample, donate_argnums=1)
     for count in shape.row_buckets:
-        rows = Rows(_ints(count), _ints(count), _ints(count))
+        rows = Rows(ints(count), ints(count), ints(count))
         yield f"sample[{count}]", partial(sample.lower, head, state, hidden, rows)
 
-    rows = Rows(*[_ints(shape.step_tokens)] * 3)
+    rows = Rows(*[ints(shape.step_tokens)] * 3)
     score = jax.jit(steps.score)
-    yield "score", partial(score.lower, head, state.history, hidden, rows, _ints())
-    slot_row = tuple(_like(x.shape[1:], x.dtype) for x in state)
+    yield "score", partial(score.lower, head, state.history, hidden, rows, ints())
+    slot_row = tuple(like(x.shape[1:], x.dtype) for x in state)
     admit = jax.jit(sampling.admit, donate_argnums=0)
-    yield "admit", partial(admit.lower, state, _ints(), slot_row)
-
-
-def _ints(*shape: int) -> Any:
-    return _like(shape, jnp.int32)
-
-
-def _abstract(x: jax.Array) -> Any:
-    return _like(x.shape, x.dtype)
-
-
-def _like(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
+    yield "admit", partial(admit.lower, state, ints(), slot_row)
+    yield from swap_lowerings(shape.host_layout(config), kv_pages, jax.devices()[0])

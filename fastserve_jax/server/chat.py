@@ -23,7 +23,7 @@ from fastserve_jax.api.sampling import top_logprobs
 from fastserve_jax.api.usage import usage_wanted
 from fastserve_jax.server.choice import Choice
 from fastserve_jax.server.chunks import ChunkTemplate
-from fastserve_jax.server.exchange import STATE, json_answer, read_json
+from fastserve_jax.server.exchange import OWNER, STATE, json_answer, read_json
 from fastserve_jax.server.job import Job, build, encode_chat
 from fastserve_jax.server.logprobs import chat_logprobs, prompt_logprobs
 from fastserve_jax.server.streaming import stream_job
@@ -48,6 +48,7 @@ async def chat(request: web.Request) -> web.StreamResponse:
         default_limit=None,
         logprobs=logprobs,
         timeout_header=request.headers.get("X-Request-Timeout-Ms"),
+        owner=request[OWNER],
     )
     answer = _Answer(job, asked, f"chatcmpl-{secrets.token_hex(12)}", int(time.time()))
     if asked.stream:

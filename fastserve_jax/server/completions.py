@@ -21,7 +21,7 @@ from fastserve_jax.api.sampling import top_logprobs
 from fastserve_jax.api.usage import Usage, usage, usage_wanted
 from fastserve_jax.server.choice import Choice
 from fastserve_jax.server.chunks import ChunkTemplate
-from fastserve_jax.server.exchange import STATE, json_answer, read_json
+from fastserve_jax.server.exchange import OWNER, STATE, json_answer, read_json
 from fastserve_jax.server.job import Job, build, encode_text, refuse_overlong
 from fastserve_jax.server.logprobs import (
     completion_logprobs,
@@ -38,7 +38,8 @@ async def complete(request: web.Request) -> web.StreamResponse:
     asked.check()
     state = request.app[STATE]
     served = state.model(asked.model)
-    job, answer = await _prepare(state, served, asked, request.headers.get("X-Request-Timeout-Ms"))
+    timeout = request.headers.get("X-Request-Timeout-Ms")
+    job, answer = await _prepare(state, served, asked, timeout, request[OWNER])
     if asked.stream:
         last, always = usage_wanted(asked.stream, asked.stream_options)
         return await stream_job(request, job, _Chunks(answer, last, always))
@@ -49,7 +50,11 @@ async def complete(request: web.Request) -> web.StreamResponse:
 
 
 async def _prepare(
-    state: ServerState, served: Served, asked: CompletionRequest, timeout_header: str | None
+    state: ServerState,
+    served: Served,
+    asked: CompletionRequest,
+    timeout_header: str | None,
+    owner: str,
 ) -> tuple[Job, _Answer]:
     add_special = asked.add_special_tokens is not False
     given = asked.prompts(state.config.max_choices)
@@ -72,6 +77,7 @@ async def _prepare(
         logprobs=logprobs,
         prompt_logprobs=logprobs if asked.echo else None,
         timeout_header=timeout_header,
+        owner=owner,
     )
     echoes = [""] * len(prompts)
     if asked.echo:

@@ -17,6 +17,7 @@ from fastserve_jax.api.chat import ChatTurn
 from fastserve_jax.api.sampling import (
     MAX_DEADLINE_MS,
     MAX_PRIORITY,
+    MAX_NAME_CHARS,
     MAX_SALT_CHARS,
     SamplingFields,
     check_ids,
@@ -162,8 +163,9 @@ def build(
     logprobs: int | None,
     prompt_logprobs: int | None = None,
     timeout_header: str | None = None,
+    owner: str = "",
 ) -> Job:
-    """Check what the model decides and make the engine's requests.
+    """Check what the model decides and make the engine's requests. `owner` is whose key it is.
 
     Raises InvalidRequest naming the field.
     """
@@ -181,6 +183,7 @@ def build(
     if len(salt) > MAX_SALT_CHARS:
         raise InvalidRequest("cache_salt is too long", param="cache_salt")
     deadline = _deadline(state, served, fields, timeout_header)
+    client, session = _accounts(fields, owner)
     requests, choices = [], []
     for prompt in prompts:
         max_tokens = output_limit(served, prompt, limit, default_limit)
@@ -199,11 +202,24 @@ def build(
         for k in range(n):
             seeded = dataclasses.replace(sampling, seed=choice_seed(base_seed, k))
             request_id = served.engine.new_id()
-            requests.append(Request(request_id, tokens, seeded, priority, deadline, salt))
+            requests.append(
+                Request(request_id, tokens, seeded, priority, deadline, salt, client, session)
+            )
             meter = state.metrics.request(len(prompt))
             records = logprobs is not None
             choices.append(Choice(served.tokenizer, rules, meter, records=records))
     return Job(served, prompts, n, requests, choices)
+
+
+def _accounts(fields: SamplingFields, owner: str) -> tuple[str, str]:
+    """Whose service this counts as: the key's holder, or the user it names; and its session's."""
+    user = fields.safety_identifier or fields.user or ""
+    session = fields.session_id or ""
+    for name, value in (("user", user), ("session_id", session)):
+        if len(value) > MAX_NAME_CHARS:
+            raise InvalidRequest(f"{name} is longer than {MAX_NAME_CHARS} characters", param=name)
+    client = f"{owner}/{user}" if owner or user else ""
+    return client, f"{client}/{session}" if session else ""
 
 
 def _deadline(

@@ -182,6 +182,7 @@ async def response_job(
         default_limit=None,
         logprobs=logprobs if asked.wants_logprobs() else None,
         timeout_header=timeout_header,
+        owner=owner,
     )
     response = Response(
         id=f"resp_{secrets.token_hex(16)}",

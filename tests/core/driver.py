@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable
+from typing import Any
 
-from fastserve_jax.core.policy import Policy, make_policy
+from fastserve_jax.core.cost import CostModel
+from fastserve_jax.core.policy import ORACLES, Policy, make_policy
 from fastserve_jax.core.scheduler import Limits, Scheduler
+from fastserve_jax.core.sequence import Sequence
 from fastserve_jax.core.types import (
     DoneEvent,
     Event,
@@ -20,11 +23,16 @@ from fastserve_jax.core.types import (
     StepResult,
     TokenEvent,
 )
+from fastserve_jax.errors import FastServeError
 from tests.fakes import FakeDevice, alone
 
 
 class Driver:
-    """`overlap` plans may be in flight besides the one being made; `now` moves only by hand."""
+    """`overlap` plans may be in flight besides the one being made; `now` moves only by hand,
+    however long a step is said to take.
+
+    Copies cost next to nothing unless `cost` says otherwise. Only oracles are told of lengths.
+    """
 
     def __init__(
         self,
@@ -33,12 +41,16 @@ class Driver:
         *,
         overlap: int = 1,
         nan: Collection[tuple[int, int]] = (),
+        cost: CostModel | None = None,
+        step_s: float = 0.01,
     ) -> None:
-        self.scheduler = Scheduler(
-            limits, make_policy(policy) if isinstance(policy, str) else policy
-        )
+        cost = cost or CostModel(page_out_s=1e-6, page_in_s=1e-6, overlaps=True)
+        if isinstance(policy, str):
+            lengths = self._length if policy in ORACLES else None
+            policy = make_policy(policy, limits, cost, lengths)
+        self.scheduler = Scheduler(limits, policy, cost)
         self.device = FakeDevice(limits, nan=nan)
-        self.overlap = overlap
+        self.overlap, self.step_s = overlap, step_s
         self.now = 0.0
         self.in_flight: deque[tuple[Plan, StepResult]] = deque()
         self.plans: list[Plan] = []
@@ -58,6 +70,8 @@ class Driver:
         priority: int = 0,
         deadline: float | None = None,
         salt: str = "",
+        client: str = "",
+        session: str = "",
         seed: int = 0,
         stop_ids: Collection[int] = (),
         min_tokens: int = 0,
@@ -71,11 +85,16 @@ class Driver:
             prompt_logprobs=prompt_logprobs,
         )
         request_id = len(self.requests) + 1
-        request = Request(request_id, tuple(prompt), sampling, priority, deadline, salt)
-        self.scheduler.submit(request, self.now)
+        owner = salt, client, session
+        request = Request(request_id, tuple(prompt), sampling, priority, deadline, *owner)
         self.requests[request_id] = request
+        try:
+            self.scheduler.submit(request, self.now)
+        except FastServeError:
+            del self.requests[request_id]
+            raise
         self.outputs[request_id], self.scored[request_id] = [], []
-        self.scheduler.check()
+        self._check()
         return request_id
 
     def cancel(self, request_id: int) -> None:
@@ -89,12 +108,12 @@ class Driver:
         if plan is not None:
             self.plans.append(plan)
             self.in_flight.append((plan, self.device.run(plan)))
-        self.scheduler.check()
+        self._check()
         return plan
 
     def commit(self) -> None:
         plan, result = self.in_flight.popleft()
-        self._hear(self.scheduler.commit(plan, result, 0.01, self.now))
+        self._hear(self.scheduler.commit(plan, result, self.step_s, self.now))
 
     def turn(self) -> Plan | None:
         """What the engine does once: plan, and commit when there is enough in flight."""
@@ -137,9 +156,17 @@ class Driver:
                     self.scored[request_id] += scored
                 case DoneEvent(request_id):
                     self.done[request_id] = event
+        self._check()
+
+    def _check(self) -> None:
         self.scheduler.check()
+        levels = self.scheduler.stats().levels
+        assert not levels or sum(levels) == len(self.requests) - len(self.done), "levels"
 
     # Questions
+
+    def _length(self, request_id: int) -> float:
+        return len(alone(self.requests[request_id])[0])
 
     def work(self, plan: Plan | None) -> list[tuple[int, int, int]]:
         """(request id, start, count) of each row."""
@@ -170,6 +197,12 @@ def limits(**changes: int) -> Limits:
         "max_context": 64,
     }
     return Limits(**(fields | changes))
+
+
+def sequence(request_id: int = 1, prompt_tokens: int = 1, **fields: Any) -> Sequence:
+    """For a policy to rank; `fields` are a request's."""
+    request = Request(request_id, (0,) * prompt_tokens, Sampling(max_tokens=99), **fields)
+    return Sequence(request, list(request.prompt))
 
 
 def pressed(policy: str = "fcfs", *, overlap: int = 1) -> Driver:

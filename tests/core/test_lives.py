@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fastserve_jax.core.policy import SkipJoinMLFQ, make_policy
+from fastserve_jax.core.cost import CostModel
+from fastserve_jax.core.mlfq import SkipJoinMLFQ
+from fastserve_jax.core.policy import POLICIES
 from fastserve_jax.core.scheduler import Limits
 from fastserve_jax.core.types import Finish
 from fastserve_jax.errors import InvalidRequest, Overloaded
@@ -68,21 +70,23 @@ bounds = st.builds(
     spare=st.integers(0, 12),
     page_size=st.sampled_from([1, 2, 4]),
     num_pages=st.integers(4, 36),
+    host_pages=st.sampled_from([0, 3, 9, 80]),
     max_context=st.just(40),
     max_queue=st.just(8),
 )
-policies = st.sampled_from(["fcfs", "mlfq", "eager"])
+policies = st.sampled_from([*POLICIES, "eager", "adaptive", "mlfq"])
 
 
-def policy(name):
+def policy(name, limits):
     """`eager` demotes and promotes at almost every step."""
     if name == "eager":
-        return SkipJoinMLFQ(float, quantum_s=1.0, starve_s=0.05, levels=5)
-    return make_policy(name)
+        cost = CostModel([0.0], (1,), 1.0, 1.0)
+        return SkipJoinMLFQ(limits, cost, quantum_s=0.01, starve_s=0.05, levels=5)
+    return name
 
 
 def live(limits, name, overlap, script, nan=()):
-    driver = Driver(limits, policy(name), overlap=overlap, nan=nan)
+    driver = Driver(limits, policy(name, limits), overlap=overlap, nan=nan)
     for move in script:
         match move:
             case Ask():
@@ -154,7 +158,7 @@ def test_bad_numbers_end_only_their_own_request(limits, name, script, nan):
 )
 def test_nobody_starves(limits, name, script):
     """Turns stay within a small multiple of the work, however small the pool."""
-    driver = Driver(limits, policy(name))
+    driver = Driver(limits, policy(name, limits))
     for ask in script:
         ask.submit(driver)
     tokens = sum(len(r.prompt) + r.sampling.max_tokens for r in driver.requests.values())

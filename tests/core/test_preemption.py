@@ -17,10 +17,14 @@ def test_memory_pressure_preempts_and_resumes_exactly(policy, overlap):
 def test_the_lowest_rank_makes_room_and_keeps_its_token_in_flight():
     driver = pressed()
     driver.until_preempted()
-    assert [row[0] for plan, _ in driver.in_flight for row in driver.work(plan)] == [1, 2]
+    before, now = ([row[0] for row in driver.work(plan)] for plan, _ in driver.in_flight)
+    assert (before, now) == ([1, 2], [1])  # its page is the other's in the same plan
+    stats = driver.scheduler.stats()
+    assert (stats.running, stats.waiting, stats.ending) == (1, 0, 1)
     known = len(driver.outputs[2])
     driver.commit()
     assert len(driver.outputs[2]) == known + 1
+    assert driver.scheduler.stats().waiting == 1
     while driver.device.admitted.count(2) < 2:
         driver.turn()
     again = next(a for plan in driver.plans[1:] for a in plan.admissions)

@@ -129,25 +129,30 @@ def test_stop_while_the_next_step_is_in_flight_discards_it():
     driver.commit()
     assert driver.done[1].reason is Finish.STOP
     stats = driver.scheduler.stats()
-    assert (stats.running, stats.ending, stats.pages_used) == (0, 1, 1)  # still held
+    assert (stats.running, stats.ending, stats.pages_used) == (0, 1, 0)  # given back at once
     assert driver.plan() is None
     driver.commit()
     assert driver.outputs[1] == [first]
-    assert driver.scheduler.stats().pages_used == 0
     assert driver.scheduler.live == 0
 
 
-def test_slot_is_reused_only_after_its_last_step():
+def test_slot_and_pages_are_reused_while_their_last_step_is_in_flight():
     first = alone(Request(1, (1, 2, 3), Sampling(max_tokens=1)))[0][0]
-    driver = Driver(limits(max_slots=1))
-    driver.submit([1, 2, 3], max_tokens=10, stop_ids=[first])
-    driver.submit([4, 5, 6])
+    driver = Driver(limits(max_slots=1, num_pages=2))
+    driver.submit([1, 2, 3], max_tokens=6, stop_ids=[first])
+    driver.submit([4, 5, 6, 7, 8])
     driver.plan()
-    driver.plan()
+    last = driver.plan()
     driver.commit()
-    assert driver.plan() is None
-    driver.commit()
-    assert driver.work(driver.plan()) == [(2, 0, 3)]
+    plan = driver.plan()
+    assert driver.work(last) == [(1, 3, 1)]
+    assert driver.work(plan) == [(2, 0, 5)]
+    assert plan.work[0].slot == last.work[0].slot
+    assert plan.step == last.step + 1
+    assert len(driver.in_flight) == 2
+    assert set(plan.work[0].pages) == {0, 1}  # all there are
+    driver.run()
+    driver.assert_all_as_alone()
 
 
 def test_numbers_that_are_not_finite_end_that_request_alone():
@@ -172,12 +177,25 @@ def test_cancel_with_so_many_plans_in_flight(plans):
     assert driver.scheduler.live == (plans > 0)
     if plans < 2:
         assert driver.plan() is None
+    assert driver.scheduler.stats().pages_used == 0
     while driver.in_flight:
-        assert driver.scheduler.stats().pages_used == 4
+        assert driver.scheduler.stats().ending == 1
         driver.commit()
     assert driver.scheduler.live == 0
-    assert driver.scheduler.stats().pages_used == 0
     assert driver.outputs[1] == []
+
+
+def test_a_newcomer_in_the_place_of_one_cancelled_twice_in_flight():
+    driver = Driver(limits(max_slots=1, num_pages=4))
+    driver.submit(range(12), max_tokens=4)
+    driver.plan()
+    driver.plan()
+    driver.cancel(1)
+    driver.commit()
+    driver.submit(range(30, 42), max_tokens=4)
+    assert driver.work(driver.plan()) == [(2, 0, 8)]
+    driver.run()
+    driver.assert_all_as_alone()
 
 
 def test_cancel_of_a_preempted_sequence_whose_token_is_in_flight():

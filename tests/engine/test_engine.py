@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
+from fastserve_jax.core.cost import CostModel
 from fastserve_jax.core.policy import make_policy
 from fastserve_jax.core.scheduler import Limits, Scheduler
 from fastserve_jax.core.types import (
@@ -28,7 +29,7 @@ class House:
     """An engine with everything a test wants to look at."""
 
     def __init__(self, limits=LIMITS, policy="fcfs", *, overlap=True, delay_s=0.0, fail_at=None):
-        self.scheduler = Scheduler(limits, make_policy(policy))
+        self.scheduler = Scheduler(limits, make_policy(policy, limits, CostModel()))
         self.device = FakeDevice(limits)
         self.runner = FakeRunner(self.device, delay_s=delay_s, fail_at=fail_at)
         self.records = []

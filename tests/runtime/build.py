@@ -1,9 +1,11 @@
 """A DeviceRunner over random parameters, compiled small."""
 
+import jax
 import jax.numpy as jnp
 
 from fastserve_jax.models.decoder import abstract, fill, parameters
 from fastserve_jax.runtime.compile import compile_all
+from fastserve_jax.runtime.host import empty_host_pages
 from fastserve_jax.runtime.runner import DeviceRunner
 from fastserve_jax.runtime.step import Steps, StepShape, empty_pages, lowerings
 from tests.models.oracle import random_parameters
@@ -20,4 +22,5 @@ def build_runner(config, shape=SHAPE, dtype=jnp.float32, seed=0, edit=lambda arr
     params = fill(empty, {name: jnp.asarray(array, dtype) for name, array in arrays.items()})
     programs = compile_all(lowerings(Steps(graph, config, shape), params, dtype))
     kv_pages = empty_pages(config, shape, dtype)
-    return DeviceRunner(config, params, kv_pages, shape, programs), arrays
+    host_pages = empty_host_pages(shape.host_layout(config), dtype, jax.devices()[0])
+    return DeviceRunner(config, params, kv_pages, shape, programs, host_pages), arrays

@@ -7,7 +7,12 @@ import pytest
 
 from fastserve_jax.errors import DoesNotFit
 from fastserve_jax.models.config import ModelConfig
-from fastserve_jax.runtime.memory import FreeMemory, plan_memory
+from fastserve_jax.runtime.memory import (
+    MOST_HOST_BYTES,
+    FreeMemory,
+    plan_host_pages,
+    plan_memory,
+)
 
 CONFIG = ModelConfig("llama", 1000, 64, 2, 4, 2, 16, 128, 4096, 1e-5)
 PAGE = 2 * 2 * 16 * 16 * 4 * 2  # key and value, heads, dim, tokens, float32, layers
@@ -61,3 +66,39 @@ def test_what_would_fit_is_said_and_is_true():
 def test_a_model_too_large_says_what_it_needs():
     with pytest.raises(DoesNotFit, match="at the least"):
         plan(WEIGHTS // 2)
+
+
+def host(plan, host_pages, free_bytes, grain=16, fraction=0.5, shared=False):
+    return plan_host_pages(plan, host_pages, FreeMemory(free_bytes, fraction, grain, shared))
+
+
+def test_host_pages_are_a_fraction_of_the_hosts_memory():
+    device = plan(200 * PAGE * 2)
+    assert host(device, -1, 1000 * PAGE * 2).host_pages == 992  # 1000, rounded down to 32s
+    assert host(device, -1, 2 * MOST_HOST_BYTES, fraction=0.9).host_bytes <= MOST_HOST_BYTES
+    assert host(device, 0, 1000 * PAGE).host_pages == 0
+    assert host(device, 77, 1000 * PAGE).host_pages == 77
+
+
+def test_in_one_memory_there_are_as_many_host_pages_as_fit_but_no_more_than_device_pages():
+    device = plan(200 * PAGE * 2)
+    assert device.num_pages == 128
+    assert host(device, -1, 1000 * PAGE, grain=1, shared=True).host_pages == 128
+    assert host(device, -1, 200 * PAGE, grain=1, shared=True).host_pages == 0  # no room is left
+    assert host(device, -1, 400 * PAGE, 1, fraction=0.25, shared=True).host_pages == 64
+
+
+def test_too_many_host_pages_are_refused_with_how_many_would_do():
+    for shared in (False, True):
+        with pytest.raises(DoesNotFit) as refused:
+            host(plan(200 * PAGE * 2), 10**6, 300 * PAGE, shared=shared)
+        fits = int(re.findall(r"host_pages=(\d+)", str(refused.value))[0])
+        assert host(plan(200 * PAGE * 2), fits, 300 * PAGE, shared=shared).host_pages == fits
+        with pytest.raises(DoesNotFit):
+            host(plan(200 * PAGE * 2), fits + 1, 300 * PAGE, shared=shared)
+
+
+def test_the_plan_names_the_host_pages_where_there_are_any():
+    device = plan(200 * PAGE * 2)
+    assert "host" not in str(device)
+    assert "(77 pages)" in str(host(device, 77, 1000 * PAGE))

@@ -1,7 +1,7 @@
 """The whole engine on the device: 64 streams, a pool too small for them, some given up half way.
 
-Every finished greedy text must be the text of the same request alone, with overlap and without,
-under either policy; and nothing may be left behind. float32, so equality is token for token.
+Every finished text, greedy or seeded, must be the text of the same request alone, with overlap and
+without, whoever is preempted and wherever its pages go; and nothing may be left behind. float32, so equality is token for token.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fastserve_jax.core.cost import CostModel
 from fastserve_jax.core.policy import make_policy
 from fastserve_jax.core.scheduler import Limits, Scheduler
 from fastserve_jax.core.types import DoneEvent, Finish, Request, Sampling, StartEvent, TokenEvent
@@ -19,8 +20,8 @@ from fastserve_jax.runtime.step import StepShape
 from tests.models.families import FAMILIES
 from tests.runtime.build import build_runner
 
-SHAPE = StepShape(max_slots=8, step_tokens=32, max_context=96, page_size=4, num_pages=60)
-LIMITS = Limits(page_size=4, num_pages=60, max_slots=8, step_tokens=32, max_context=96)
+BOUNDS = {"max_slots": 8, "step_tokens": 32, "max_context": 96, "page_size": 4, "num_pages": 60}
+SHAPE = StepShape(**BOUNDS, host_pages=240)
 # A head of its own: a tied one with random weights repeats its last token for ever.
 CONFIG = replace(FAMILIES["gemma3"], tied_head=False)
 POISON = 96  # a token whose embedding is not a number
@@ -80,8 +81,10 @@ async def tokens_of(engine, prompt, rules, leave_after=None):
     return got
 
 
-def make_engine(runner, policy, overlap):
-    scheduler = Scheduler(LIMITS, make_policy(policy))
+def make_engine(runner, policy, overlap, host_pages=0):
+    limits = Limits(**BOUNDS, host_pages=host_pages)
+    cost = CostModel([0.002], page_out_s=1e-6, page_in_s=1e-6)
+    scheduler = Scheduler(limits, make_policy(policy, limits, cost), cost)
     return scheduler, Engine(scheduler, runner, overlap=overlap)
 
 
@@ -96,9 +99,12 @@ def alone(runner):
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("policy", ["fcfs", "mlfq"])
-async def test_together_equals_alone(runner, alone, policy, overlap):
-    scheduler, engine = make_engine(runner, policy, overlap)
+@pytest.mark.parametrize(
+    ("policy", "host_pages"),
+    [("fcfs", 0), ("mlfq", 240), ("mlfq", 30), ("adaptive", 240), ("adaptive", 0)],
+)
+async def test_together_equals_alone(runner, alone, policy, host_pages, overlap):
+    scheduler, engine = make_engine(runner, policy, overlap, host_pages)
     leave = [1 + i % 7 if i % 5 == 3 else None for i in range(64)]
     with CompileCounter() as counter:
         async with engine:
@@ -114,6 +120,8 @@ async def test_together_equals_alone(runner, alone, policy, overlap):
             stats = engine.stats()
     assert counter.compiles == 0
     assert stats.preemptions > 0, "the pool was meant to be too small"
+    assert (stats.pages_in > 0) == (host_pages > 0)
+    assert (stats.host_hit_tokens > 0) == (host_pages > 0)
     finished = [
         (task.result(), alone[i]) for i, task in enumerate(tasks) if task.result() is not None
     ]

@@ -12,7 +12,7 @@ from typing import ClassVar
 import aiohttp
 
 from fastserve_jax.api.sse import EventParser, ServerEvent
-from fastserve_jax.core.policy import FirstComeFirstServed
+from fastserve_jax.core.ordering import FirstComeFirstServed
 from fastserve_jax.core.scheduler import Limits, Scheduler
 from fastserve_jax.core.types import Request, Sampling
 from fastserve_jax.engine import Engine
