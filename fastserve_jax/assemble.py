@@ -82,16 +82,22 @@ class Loaded:
     settings: Settings
     cost: CostModel  # of its steps, as measured here
 
+    def scheduler(self, policy: str | None = None) -> Scheduler:
+        """A new one, with nobody in it; `policy` None takes the setting."""
+        cost = self.cost.copy()
+        made = make_policy(policy or self.settings.engine.policy, self.limits, cost)
+        return Scheduler(self.limits, made, cost)
+
     def engine(
         self,
         on_step: Callable[[StepRecord], None] | None = None,
         overlap: bool | None = None,
+        scheduler: Scheduler | None = None,
     ) -> Engine:
-        """A new engine over the one runner; `overlap` None takes the setting."""
-        policy = make_policy(self.settings.engine.policy)
-        scheduler = Scheduler(self.limits, policy)
+        """A new engine over the one runner; None takes the settings."""
         if overlap is None:
             overlap = self.settings.engine.overlap
+        scheduler = scheduler or self.scheduler()
         return Engine(scheduler, self.runner, overlap=overlap, on_step=on_step)
 
 
@@ -100,7 +106,8 @@ def load(
 ) -> Loaded:
     """Raises OperatorErrors: what cannot be found, read, or fitted, and what to do."""
     report = report or Silent()
-    make_policy(settings.engine.policy)  # a bad name is found before the slow part
+    # A bad name is found before the slow part.
+    make_policy(settings.engine.policy, Limits(), CostModel())
     files = open_model(reference, cache_dir, report.pull)
     report.opened(files)
     config = files.config

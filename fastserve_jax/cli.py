@@ -73,7 +73,8 @@ def serve(
     api_key
         Clients must send it as a bearer token; also read from FASTSERVE_API_KEY.
     policy
-        fcfs or mlfq: who goes first.
+        Who goes first: adaptive, mlfq (FastServe's), fcfs, srpt-predicted, mlfq-naive or
+        run-to-completion. `fastserve simulate` compares them.
     max_context
         Tokens of prompt and output that one request may have.
     max_slots

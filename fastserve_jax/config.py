@@ -35,7 +35,7 @@ class KVSettings:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    policy: str = "fcfs"  # "fcfs" | "mlfq"
+    policy: str = "adaptive"  # who goes first: see core/policy.py
     overlap: bool = True  # plan and dispatch a step while the one before it runs
     max_slots: int = 32  # sequences in one step
     step_tokens: int = 128  # tokens in one step, decodes and prompt chunks together

@@ -32,9 +32,11 @@ class Tuning:
     aging: float = 0.03  # seconds of work forgiven per second waited
     keep: float = 0.6  # work begun counts so much: no change of mind for little
     slice_share: float = 0.25  # of the slots, for first tokens
-    slice_backlog: float = 2.5  # first tokens are promised below so many mean service times
+    small_backlog: float = 2.5  # mean service times; below, first tokens are promised
+    slice_prompts: float = 0.06  # and while all prompts to come take less than so much of one
     late_share: float = 0.5  # of the slots, for those who are late
     patience: float = 1.5  # late is later than so many times what fcfs would have taken
+    fairness: float = 0.1  # seconds of work per second of the device beyond a fair part
     copy_share: float = 0.04  # of the time, for waiting on copies
     copy_burst_s: float = 0.5  # how much of it may be saved up
     settle_tokens: int = 8  # a sequence brought back from host memory runs at least so many
@@ -51,6 +53,7 @@ class _Standing:
     index: float = 0.0  # Gittins index, in tokens
     expected: float = 0.0  # output tokens, when it came
     fcfs_wait_s: float = 0.0  # what fcfs would have made it wait
+    fcfs_start_s: float = 0.0  # and until its first step
     latest: float = 0.0  # start by then, or be late
     settled_at: int = 0  # output tokens before which it is not displaced
     is_settled: bool = False  # has run for more than its slice
@@ -74,7 +77,7 @@ class Adaptive(Policy):
         self._history = History(limits.max_context)
         self._fairness = Fairness()
         self._standings: dict[int, _Standing] = {}
-        self._fresh: list[tuple[float, int, Sequence]] = []  # first token not out; cheapest first
+        self._fresh: list[tuple[float, int, Sequence]] = []  # first token not out, in that order
         self._latest: list[tuple[float, int, Sequence]] = []  # waiting, by latest start
         self._stale: deque[Sequence] = deque()  # in turn, to be ranked again
         self._counts = [0, 0, 0]
@@ -95,15 +98,19 @@ class Adaptive(Policy):
         self._fairness.join(seq.request)
         prefill_s = self._cost.prefill_s(uncached_tokens, self._limits.step_tokens)
         self._turn += 1
-        standing = _Standing(self._history.group(seq.prompt_tokens), self._turn, prefill_s)
+        standing = _Standing(
+            self._history.group(seq.prompt_tokens, seq.request.client), self._turn, prefill_s
+        )
         self._standings[seq.id] = standing
         self._counts[_WORK] += 1
         self._prefill_left_s += prefill_s
         standing.fcfs_wait_s = self._backlog_s()
+        ahead = max(0, len(self._standings) - self._limits.max_slots)
+        standing.fcfs_start_s = ahead * self._mean_service_s() / self._limits.max_slots
         self._expect(seq, standing, 0)
         standing.expected = max(standing.left, 1.0)
         self._sweep()
-        heapq.heappush(self._fresh, (self._first_token_s(seq, standing), standing.turn, seq))
+        heapq.heappush(self._fresh, (self._slice_order(seq, standing), standing.turn, seq))
 
     def wait(self, seq: Sequence, now: float) -> None:
         standing = self._standings[seq.id]
@@ -210,6 +217,7 @@ class Adaptive(Policy):
         return {
             "length_prediction_error": self._prediction_error,
             "backlog_seconds": self._backlog_s(),
+            "promises_first_tokens": float(self._affords_slices()),
             "copy_credit_seconds": self._credit_s,
         }
 
@@ -222,7 +230,7 @@ class Adaptive(Policy):
         changed: list[Sequence] = []
         fresh = self._fresh
         while fresh and self._counts[_SLICE] < most and self._affords_slices():
-            first_s, _, seq = heapq.heappop(fresh)
+            order, _, seq = heapq.heappop(fresh)
             standing = self._standings.get(seq.id)
             waits = standing is not None and seq.phase is Phase.WAITING and not seq.in_flight
             if standing is None or not waits or seq.output_tokens or standing.level != _WORK:
@@ -232,12 +240,17 @@ class Adaptive(Policy):
                 continue
             spare_pages -= pages
             self._move(standing, _SLICE)
-            seq.rank = (_SLICE, seq.request.priority, first_s, standing.turn)
+            seq.rank = (_SLICE, seq.request.priority, order, standing.turn)
             changed.append(seq)
         return changed
 
     def _affords_slices(self) -> bool:
-        return self._backlog_s() < self._tuning.slice_backlog * self._mean_service_s()
+        """First tokens for all who wait hold everybody up by all their prompts: what that adds to
+        a mean service time must be small."""
+        service_s, tuning = self._mean_service_s(), self._tuning
+        if self._prefill_left_s > tuning.slice_prompts * service_s:
+            return False
+        return self._backlog_s() < self._small_backlog_s()
 
     def _promote_late(self, now: float) -> list[Sequence]:
         most = max(1, int(self._tuning.late_share * self._limits.max_slots))
@@ -261,7 +274,9 @@ class Adaptive(Policy):
         served_s = seq.output_tokens * self._step_s
         fcfs_s = standing.fcfs_wait_s + served_s + to_come_s
         at = seq.submitted + self._tuning.patience * fcfs_s - to_come_s
-        at += self._fairness.excess_s(seq.request)
+        if not seq.output_tokens and standing.fcfs_wait_s < self._small_backlog_s():
+            at = min(at, seq.submitted + standing.fcfs_start_s)  # no later than fcfs starts it
+        at += self._excess_s(seq)
         deadline = seq.request.deadline
         if deadline is not None and now + to_come_s < deadline:
             at = min(at, deadline - self._tuning.patience * to_come_s)
@@ -282,6 +297,12 @@ class Adaptive(Policy):
         if len(self._standings) <= slots:
             return 0.0
         return self._left_tokens * self._step_s / slots + self._prefill_left_s
+
+    def _small_backlog_s(self) -> float:
+        return self._tuning.small_backlog * self._mean_service_s()
+
+    def _excess_s(self, seq: Sequence) -> float:
+        return self._tuning.fairness * self._fairness.excess_s(seq.request)
 
     def _mean_service_s(self) -> float:
         return self._service_s or 256 * self._step_s
@@ -316,11 +337,12 @@ class Adaptive(Policy):
             work_s = 0.0
         key = work_s + tuning.aging * seq.submitted
         if request.client or request.session:
-            key += self._fairness.excess_s(request)
+            key += self._excess_s(seq)
         seq.rank = (_WORK, request.priority, key, standing.turn)
 
-    def _first_token_s(self, seq: Sequence, standing: _Standing) -> float:
-        return standing.prefill_s + self._fairness.excess_s(seq.request)
+    def _slice_order(self, seq: Sequence, standing: _Standing) -> float:
+        """By arrival, but a long prompt lets those before it who come while it would run."""
+        return seq.submitted + standing.prefill_s + self._excess_s(seq)
 
     def _move(self, standing: _Standing, level: int) -> None:
         self._counts[standing.level] -= 1

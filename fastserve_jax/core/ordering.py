@@ -151,7 +151,7 @@ class ShortestFirst(Policy):
 
     def finish(self, seq: Sequence, now: float) -> None:
         del self._prefill_s[seq.id]
-        group = self._history.group(seq.prompt_tokens)
+        group = self._history.group(seq.prompt_tokens, seq.request.client)
         self._history.record(group, seq.output_tokens, ended=seq.finish is Finish.STOP)
 
     def step(self, elapsed_s: float, stall_s: float, now: float) -> None:
@@ -163,7 +163,7 @@ class ShortestFirst(Policy):
     def _left(self, seq: Sequence) -> float:
         if self._lengths is not None:
             return max(self._lengths(seq.id) - seq.output_tokens, 1.0)
-        group = self._history.group(seq.prompt_tokens)
+        group = self._history.group(seq.prompt_tokens, seq.request.client)
         left = self._history.left_tokens(group, seq.output_tokens)
         return min(left, float(max(seq.limit - len(seq.tokens), 1)))
 

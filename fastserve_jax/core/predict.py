@@ -3,8 +3,8 @@
 Kaplan-Meier: a request counts as at risk in a bin when it leaves it, finished there or passed on;
 one that is cancelled or cut off by its limit was at risk as far as it came and says no more.
 Counting only those that finished would favour the short ones under any policy that lets them
-finish first. Bins of output tokens widen with age; requests are told apart by prompt length, and a
-group that has seen little leans on all. Knows tokens, nothing of requests or time.
+finish first. Bins of output tokens widen with age; requests are told apart by client and prompt
+length, and a group that has seen little leans on a larger one. Knows nothing of requests or time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from bisect import bisect_right
 from itertools import pairwise
 
 _SHRINKAGE = 100.0  # requests that a group must have seen to count as much as all together
+_OWN_SHRINKAGE = 30.0  # the same for a client's own, which are more alike
+_MOST_OWN = 1024  # clients' histories, by prompt length; later ones share
 _PRIOR = 1.0  # requests' worth of the guess made before anything was seen
 _REFRESH = 0.05  # share of new endings after which a group's tables are made again
 _HALF_LIFE = 4000.0  # endings after which one counts half: lengths drift
@@ -32,25 +34,48 @@ class History:
 
     def __init__(self, longest: int) -> None:
         self.edges = output_edges(longest)
-        bins = len(self.edges) - 1
         self._prompt_edges = [2.0**i for i in range(4, math.ceil(math.log2(longest)) + 1)]
-        groups = len(self._prompt_edges) + 1
-        self._ended = [[0.0] * bins for _ in range(groups)]
-        self._risked = [[0.0] * bins for _ in range(groups)]
-        self._all_ended, self._all_risked = [0.0] * bins, [0.0] * bins
+        # By group: of what was seen, and the tables made of it. First those of prompt lengths,
+        # then all together, then clients' own; each leans on its parent.
+        self._parent: list[int] = []
+        self._ended: list[list[float]] = []
+        self._risked: list[list[float]] = []
+        self._left: list[list[float]] = []
+        self._index: list[list[float]] = []
+        self._made_at: list[int] = []  # endings seen when the tables were made
+        self._own: dict[tuple[str, int], int] = {}  # client and prompt group -> group
         self._seen = 0  # endings in all
         self._weight = 1.0  # of the next ending; grows, so that older ones fade
-        self._made_at = [-1] * groups  # endings seen when the tables were made
-        self._left = [[0.0] * bins for _ in range(groups)]
-        self._index = [[0.0] * bins for _ in range(groups)]
+        everybody = len(self._prompt_edges) + 1
+        for _ in range(everybody):
+            self._add_group(everybody)
+        self._add_group(-1)
+        self._first_own = len(self._parent)
         last = float(self.edges[-1])
         # Before anything is seen: as if lengths were spread evenly in their logarithm.
         beyond = [math.log(last / max(edge, 1)) for edge in self.edges]
         self._prior = [1.0 - b / a for a, b in pairwise(beyond)]
 
-    def group(self, prompt_tokens: int) -> int:
-        """Which history a prompt of that length belongs to."""
-        return bisect_right(self._prompt_edges, prompt_tokens)
+    def group(self, prompt_tokens: int, client: str = "") -> int:
+        """Which history a prompt of that length belongs to; a client's own, while there is room
+        for another."""
+        group = bisect_right(self._prompt_edges, prompt_tokens)
+        if not client:
+            return group
+        own = self._own.get((client, group))
+        if own is None:
+            if len(self._own) == _MOST_OWN:
+                return group
+            own = self._own[client, group] = len(self._parent)
+            self._add_group(group)
+        return own
+
+    def _add_group(self, parent: int) -> None:
+        bins = len(self.edges) - 1
+        self._parent.append(parent)
+        self._made_at.append(-1)
+        for tables in (self._ended, self._risked, self._left, self._index):
+            tables.append([0.0] * bins)
 
     def bin(self, output_tokens: int) -> int:
         return min(bisect_right(self.edges, output_tokens), len(self.edges) - 1) - 1
@@ -59,12 +84,13 @@ class History:
         """A request left at that length; `ended` by itself, or cut off."""
         at = self.bin(output_tokens)
         reached = at + 1 if ended else at
-        for risked in (self._risked[group], self._all_risked):
+        while group >= 0:
+            risked = self._risked[group]
             for k in range(reached):
                 risked[k] += self._weight
-        if ended:
-            self._ended[group][at] += self._weight
-            self._all_ended[at] += self._weight
+            if ended:
+                self._ended[group][at] += self._weight
+            group = self._parent[group]
         self._seen += 1
         self._weight *= 2.0 ** (1.0 / _HALF_LIFE)
         if self._weight > 1e6:
@@ -106,20 +132,23 @@ class History:
             index[k] = best
 
     def _hazards(self, group: int) -> list[float]:
-        """Of a request that reached a bin, the chance to end there."""
-        hazards = []
-        weight = self._weight
-        for k, prior in enumerate(self._prior):
-            known = (self._all_ended[k] / weight + _PRIOR * prior) / (
-                self._all_risked[k] / weight + _PRIOR
-            )
-            own = self._ended[group][k] / weight + _SHRINKAGE * known
-            hazards.append(own / (self._risked[group][k] / weight + _SHRINKAGE))
+        """Of a request that reached a bin, the chance to end there: what the group saw, leaning on
+        its parent, which leans on its own."""
+        parent = self._parent[group]
+        known = self._prior if parent < 0 else self._hazards(parent)
+        leaning = (
+            _PRIOR if parent < 0 else _SHRINKAGE if group < self._first_own else _OWN_SHRINKAGE
+        )
+        weight, ended, risked = self._weight, self._ended[group], self._risked[group]
+        hazards = [
+            (ended[k] / weight + leaning * prior) / (risked[k] / weight + leaning)
+            for k, prior in enumerate(known)
+        ]
         hazards[-1] = 1.0
         return hazards
 
     def _rescale(self) -> None:
-        for counts in (*self._ended, *self._risked, self._all_ended, self._all_risked):
+        for counts in (*self._ended, *self._risked):
             for k, count in enumerate(counts):
                 counts[k] = count / self._weight
         self._weight = 1.0

@@ -47,6 +47,7 @@ class Sample:
     pages_cached: int
     host_pages_used: int
     levels: tuple[int, ...]
+    policy: Mapping[str, float]  # what the policy says of itself
 
 
 @dataclass(slots=True)
@@ -137,7 +138,7 @@ class _Replay:
     def sample(self, now: float) -> Sample:
         stats = self.scheduler.stats()
         pages = stats.pages_used, stats.pages_cached, stats.host_pages_used
-        return Sample(now, stats.running, stats.waiting, *pages, stats.levels)
+        return Sample(now, stats.running, stats.waiting, *pages, stats.levels, stats.policy)
 
 
 _STOP = Sampled(STOP)

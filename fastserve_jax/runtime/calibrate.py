@@ -14,7 +14,7 @@ from statistics import median
 from typing import Protocol
 
 from fastserve_jax.core.cost import QUERY_BLOCK, CostModel, StepLoad, fit
-from fastserve_jax.core.types import Admission, Copies, Plan, Sampling, StepResult, Work
+from fastserve_jax.core.types import Admission, Plan, Sampling, StepResult, Work
 
 from .host import SIZES
 from .step import StepShape
@@ -22,7 +22,7 @@ from .step import StepShape
 LONGEST = 1024  # tokens of a measured row: to read more takes more of the same
 _FEWEST = 4  # steps measured whatever they take: decodes and a chunk, few tokens and many
 _ROUNDS = 4  # over the steps
-_TIMES = 5  # each number of pages is copied
+_COPIES = 5  # each way
 
 
 class Runner(Protocol):
@@ -46,20 +46,26 @@ def calibrate(
         runner.run(plan)
         return clock() - began
 
-    taken: list[tuple[Plan, list[float]]] = [(plan, []) for plan in _steps(shape)]
     runner.run(Plan(0, _everybody(shape), ()))
-    runner.run(taken[0][0])  # waits for what the start left under way
-    page_out_s = _page_s(shape, seconds, lambda copies: Plan(0, (), (), swap_out=copies))
-    page_in_s = _page_s(shape, seconds, lambda copies: Plan(0, (), (), swap_in=copies))
+    taken: list[tuple[Plan, list[float]]] = [(plan, []) for plan in _steps(shape)]
+    met: set[tuple[str, int]] = set()
     for count, (plan, times) in enumerate(taken * _ROUNDS):
         if count >= _FEWEST and clock() >= until:
             break
+        if not met.issuperset(programs := _programs(shape, plan)):
+            met |= programs
+            runner.run(plan)  # a program's first run is slow, and slower than any user's will be
         times.append(seconds(plan))
-    # A program's first run is slower, and counts only where there was no second.
-    known = [(plan.load, median(times[1:] or times)) for plan, times in taken if times]
+    known = [(plan.load, median(times)) for plan, times in taken if times]
     overlaps = runner.platform != "cpu"
     model = fit(known, shape.token_buckets, overlaps=overlaps, page_bytes=runner.page_bytes)
-    return replace(model, page_out_s=page_out_s, page_in_s=page_in_s)
+    pages = min(3 * SIZES[-1], shape.host_pages, shape.num_pages)
+    if pages:
+        copies = tuple((page, page) for page in range(pages))
+        ways = (Plan(0, (), (), swap_out=copies), Plan(0, (), (), swap_in=copies))
+        out_s, in_s = (median(seconds(way) for _ in range(_COPIES)) / pages for way in ways)
+        model = replace(model, page_out_s=out_s, page_in_s=in_s)
+    return model
 
 
 def _everybody(shape: StepShape) -> tuple[Admission, ...]:
@@ -67,19 +73,10 @@ def _everybody(shape: StepShape) -> tuple[Admission, ...]:
     return tuple(Admission(slot, slot, (0,), 1, rules) for slot in range(shape.max_slots))
 
 
-def _page_s(
-    shape: StepShape, seconds: Callable[[Plan], float], plan: Callable[[Copies], Plan]
-) -> float:
-    """By how much one more page lengthens a copy: a step has its dispatch anyway."""
-    pages = min(shape.host_pages, shape.num_pages)
-    if not pages:
-        return 0.0
-    few, many = min(SIZES[-1], pages), min(3 * SIZES[-1], pages)
-    times = [
-        median(seconds(plan(tuple((page, page) for page in range(count)))) for _ in range(_TIMES))
-        for count in (few, many)
-    ]
-    return max(0.0, (times[1] - times[0]) / (many - few) if many > few else times[0] / few)
+def _programs(shape: StepShape, plan: Plan) -> set[tuple[str, int]]:
+    tokens = next(size for size in shape.token_buckets if size >= plan.load.tokens)
+    rows = next(size for size in shape.row_buckets if size >= len(plan.work))
+    return {("forward", tokens), ("sample", rows)}
 
 
 def _steps(shape: StepShape) -> Iterator[Plan]:
@@ -104,7 +101,7 @@ def _steps(shape: StepShape) -> Iterator[Plan]:
 def _step(shape: StepShape, rows: list[tuple[int, int]]) -> Plan:
     """One row for each (tokens to run, length with them), in pages of its own."""
     own = shape.num_pages // len(rows)
-    longest = min(10**6, max(own, 1) * shape.page_size)
+    longest = min(shape.max_context, max(own, 1) * shape.page_size)
     works, prefill_tokens, decode_rows, kv_tokens = [], 0, 0, 0
     for slot, (count, length) in enumerate(rows):
         count = min(count, longest)

@@ -82,6 +82,16 @@ def first_token_s(run: Run) -> FloatArray:
     return np.array([v.first_token_s - v.arrival_s for v in run.lives if v.first_token_s >= 0])
 
 
+def first_token_delay_s(workload: Workload, run: Run, device: CostModel, chunk: int) -> FloatArray:
+    """From arrival to the first token, less what the prompt takes alone, by request id."""
+    delay_s = np.full(len(workload), np.nan)
+    for life in run.lives:
+        if life.first_token_s >= 0:
+            own_s = device.prefill_s(life.prompt_tokens, chunk)
+            delay_s[life.request_id] = life.first_token_s - life.arrival_s - own_s
+    return delay_s
+
+
 def alone_s(workload: Workload, device: CostModel, chunk: int) -> FloatArray:
     """What each request would take with the device to itself, nothing of it in the cache."""
     prompts, outputs = workload.prompt_tokens, workload.output_tokens

@@ -20,7 +20,7 @@ from ..core.scheduler import Limits, Scheduler
 from ..core.simulate import Run, Sample, simulate
 from ..errors import ConfigError
 from .load import parse_load
-from .measures import Row, completion_s, row
+from .measures import Row, completion_s, first_token_delay_s, row
 from .traces import read_trace
 from .workload import FloatArray, IntArray, Workload
 
@@ -122,7 +122,10 @@ class Outcome:
     left_out: int  # requests larger than the pool
     capacity: float | None  # requests a second
     jct_s: FloatArray  # NaN: unfinished
+    ttft_delay_s: FloatArray  # to the first token, less the prompt's own time; NaN: none came
     output_tokens: IntArray
+    offered_tokens_per_s: float  # until the last arrival: without the device running empty
+    arrival_s: FloatArray
     limits: Limits
     samples: list[Sample] = field(default_factory=list)
 
@@ -213,7 +216,10 @@ def run_cell(cell: Cell, of_capacity: float | None = None, tell: Tell = _silent)
         left_out,
         of_capacity,
         jct_s,
+        first_token_delay_s(workload, run, cell.device, limits.step_tokens),
         workload.output_tokens,
+        run.offered_tokens / run.offered_s if run.offered_s else 0.0,
+        workload.arrival_s,
         limits,
         run.samples,
     )

@@ -23,6 +23,7 @@ COSTS = {
     "cheap": CostModel(page_out_s=1e-6, page_in_s=1e-6),
     "beside": CostModel(page_out_s=2e-5, page_in_s=2e-5, overlaps=True),
     "learned": CostModel([0.009], page_out_s=1e-5, page_in_s=1e-5),  # near what a step takes
+    "slow": CostModel([0.009], (1,), 2e-3, 1e-4, page_out_s=1e-3, page_in_s=1e-3),
     "never": CostModel(page_out_s=1.0, page_in_s=1.0),
 }
 
@@ -70,6 +71,10 @@ class Life:
     script: tuple[Move, ...]
     nan: frozenset[tuple[int, int]] = frozenset()
     cost: str = "cheap"
+
+    def live(self) -> Driver:
+        parts = self.limits, self.policy, self.overlap, self.script
+        return live(*parts, nan=self.nan, cost=self.cost)
 
 
 def policy(name: str, limits: Limits) -> str | Policy:

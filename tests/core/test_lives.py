@@ -1,47 +1,16 @@
 """Random lives: whatever is asked, everybody gets what it would get alone, and nothing is lost."""
 
-from dataclasses import dataclass
+import random
+from collections import Counter
 
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fastserve_jax.core.cost import CostModel
-from fastserve_jax.core.mlfq import SkipJoinMLFQ
-from fastserve_jax.core.policy import POLICIES
 from fastserve_jax.core.scheduler import Limits
 from fastserve_jax.core.types import Finish
-from fastserve_jax.errors import InvalidRequest, Overloaded
 from tests.core.driver import Driver
+from tests.core.lives import COSTS, NAMES, Ask, draw, live, policy
 from tests.fakes import VOCAB
-
-
-@dataclass(frozen=True)
-class Ask:
-    shared: int  # tokens of one common beginning
-    own: tuple[int, ...]
-    max_tokens: int
-    seed: int
-    stop_ids: frozenset[int]
-    priority: int
-    deadline_s: float | None
-    prompt_logprobs: int | None
-
-    def submit(self, driver: Driver) -> None:
-        common = [position * 7 % VOCAB for position in range(self.shared)]
-        deadline = None if self.deadline_s is None else driver.now + self.deadline_s
-        try:
-            driver.submit(
-                [*common, *self.own],
-                self.max_tokens,
-                seed=self.seed,
-                stop_ids=self.stop_ids,
-                priority=self.priority,
-                deadline=deadline,
-                prompt_logprobs=self.prompt_logprobs,
-            )
-        except (InvalidRequest, Overloaded):
-            driver.scheduler.check()
-
 
 asks = st.builds(
     Ask,
@@ -53,6 +22,8 @@ asks = st.builds(
     priority=st.sampled_from([0, 0, 0, 1, -1]),
     deadline_s=st.sampled_from([None, None, None, 0.5]),
     prompt_logprobs=st.sampled_from([None, None, 0]),
+    client=st.sampled_from(["", "a", "b"]),
+    session=st.sampled_from(["", "s"]),
 )
 moves = st.one_of(
     asks,
@@ -74,50 +45,16 @@ bounds = st.builds(
     max_context=st.just(40),
     max_queue=st.just(8),
 )
-policies = st.sampled_from([*POLICIES, "eager", "adaptive", "mlfq"])
-
-
-def policy(name, limits):
-    """`eager` demotes and promotes at almost every step."""
-    if name == "eager":
-        cost = CostModel([0.0], (1,), 1.0, 1.0)
-        return SkipJoinMLFQ(limits, cost, quantum_s=0.01, starve_s=0.05, levels=5)
-    return name
-
-
-def live(limits, name, overlap, script, nan=()):
-    driver = Driver(limits, policy(name, limits), overlap=overlap, nan=nan)
-    for move in script:
-        match move:
-            case Ask():
-                move.submit(driver)
-            case "turn":
-                driver.turn()
-            case "plan":
-                if len(driver.in_flight) < 2:
-                    driver.plan()
-            case "commit":
-                if driver.in_flight:
-                    driver.commit()
-            case ("cancel", request_id):
-                driver.cancel(request_id)
-            case ("wait", seconds):
-                driver.now += seconds
-                driver.expire()
-    driver.run()
-    driver.scheduler.check()
-    assert driver.done.keys() == driver.requests.keys()
-    driver.assert_all_as_alone()
-    return driver
-
+policies = st.sampled_from(NAMES)
+costs = st.sampled_from(list(COSTS))
 
 calm = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.data_too_large])
 
 
 @calm
-@given(bounds, policies, st.integers(0, 1), st.lists(moves, max_size=60))
-def test_everybody_gets_what_it_gets_alone(limits, name, overlap, script):
-    live(limits, name, overlap, script)
+@given(bounds, policies, st.integers(0, 1), st.lists(moves, max_size=60), costs)
+def test_everybody_gets_what_it_gets_alone(limits, name, overlap, script, cost):
+    live(limits, name, overlap, script, cost=cost)
 
 
 @calm
@@ -129,9 +66,9 @@ def test_overlap_changes_no_token(limits, name, script):
 
 
 @calm
-@given(bounds, policies, st.lists(moves, max_size=40))
-def test_the_same_life_is_the_same_trace(limits, name, script):
-    once, again = (live(limits, name, 1, script) for _ in range(2))
+@given(bounds, policies, st.lists(moves, max_size=40), costs)
+def test_the_same_life_is_the_same_trace(limits, name, script, cost):
+    once, again = (live(limits, name, 1, script, cost=cost) for _ in range(2))
     assert once.plans == again.plans
 
 
@@ -150,15 +87,22 @@ def test_bad_numbers_end_only_their_own_request(limits, name, script, nan):
 
 
 @calm
-@given(bounds, policies, st.lists(asks, min_size=4, max_size=16))
+@given(bounds, policies, st.lists(asks, min_size=4, max_size=16), costs)
 @example(
     Limits(page_size=4, num_pages=8, max_slots=2, step_tokens=6, max_context=40),
     "eager",
-    [Ask(0, (1, 2, 3, 4, 5, 6), 14, 0, frozenset(), 0, None, None)] * 8,
+    [Ask(0, (1, 2, 3, 4, 5, 6), 14)] * 8,
+    "cheap",
 )
-def test_nobody_starves(limits, name, script):
+@example(
+    Limits(page_size=4, num_pages=8, host_pages=80, max_slots=2, step_tokens=6, max_context=40),
+    "adaptive",
+    [Ask(0, (i, 2, 3, 4, 5, 6), 14) for i in range(8)],
+    "slow",
+)
+def test_nobody_starves(limits, name, script, cost):
     """Turns stay within a small multiple of the work, however small the pool."""
-    driver = Driver(limits, policy(name, limits))
+    driver = Driver(limits, policy(name, limits), cost=COSTS[cost].copy())
     for ask in script:
         ask.submit(driver)
     tokens = sum(len(r.prompt) + r.sampling.max_tokens for r in driver.requests.values())
@@ -168,3 +112,27 @@ def test_nobody_starves(limits, name, script):
         driver.now += 0.01 * (turn % 3)
         driver.turn()
     assert not driver.scheduler.live, driver.scheduler.stats()
+
+
+def test_in_these_lives_everything_happens():
+    """The same three hundred every time: if nothing were ever swapped, all would pass."""
+    seen = Counter()
+    for seed in range(300):
+        driver = draw(random.Random(seed)).live()
+        stats = driver.scheduler.stats()
+        for name in ("preemptions", "pages_out", "pages_in", "host_hit_tokens"):
+            seen[name] += getattr(stats, name)
+        seen["recomputed_tokens"] += stats.recomputed_tokens
+        seen["cached_tokens"] += sum(started.cached_tokens for started in driver.started.values())
+        seen["full_hosts"] += 0 < stats.host_pages_used == stats.host_pages_total
+        # What came in for whom was not in the plan yet.
+        seen["fetched_ahead"] += sum(bool(p.swap_in) and not p.admissions for p in driver.plans)
+        seen["written_behind"] += sum(bool(p.swap_out) and not p.admissions for p in driver.plans)
+        seen["copies_alone"] += sum(not plan.work for plan in driver.plans)
+        seen.update(done.reason for done in driver.done.values())
+        known = stats.computed_tokens - stats.recomputed_tokens
+        assert known <= sum(len(r.prompt) + r.sampling.max_tokens for r in driver.requests.values())
+    assert set(Finish) <= seen.keys()
+    counts = {name: count for name, count in seen.items() if isinstance(name, str)}
+    assert len(counts) == 10
+    assert min(counts.values()) > 0, counts

@@ -63,10 +63,13 @@ def test_a_policy_looks_the_same_everywhere_and_like_no_other():
 
 
 def test_levels_beyond_those_shown_are_one():
-    samples = [Sample(0.0, 1, 0, 0, 0, 0, (1,)), Sample(1.0, 1, 0, 0, 0, 0, (0, 2, *[1] * 8, 0))]
+    samples = [
+        Sample(0.0, 1, 0, 0, 0, 0, (1,), {}),
+        Sample(1.0, 1, 0, 0, 0, 0, (0, 2, *[1] * 8, 0), {}),
+    ]
     shown = _levels(samples)
     assert [level.tolist() for level in shown] == [[1, 0], [0, 2], [0, 1], [0, 1], [0, 1], [0, 5]]
-    assert _levels([Sample(0.0, 1, 0, 0, 0, 0, ())]) == []
+    assert _levels([Sample(0.0, 1, 0, 0, 0, 0, (), {})]) == []
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -1,0 +1,261 @@
+"""A scaled trace against a running server with a real model, policy by policy, and what the
+simulation says of the same requests.
+
+    python bench/policies.py [--model smollm2-135m-instruct] [--rounds 2] [--policies fcfs,mlfq,...]
+
+One process serves over HTTP, one policy at a time; this one sends the requests at their times. In
+each round every policy gets the same requests, and the order changes from round to round. Output
+lengths are the trace's: the end-of-text token is forbidden before and forced at that length, which
+the scheduler does not see. Afterwards the production scheduler plays the same requests in virtual
+time, on the cost model that was fitted to the steps of the first round. Exit status 1 when a figure
+misses what is asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import math
+import multiprocessing
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+from fastserve_jax.assemble import load
+from fastserve_jax.cli import cache_folder
+from fastserve_jax.client import AsyncClient
+from fastserve_jax.config import load_settings
+from fastserve_jax.core.cost import CostModel
+from fastserve_jax.core.policy import make_policy
+from fastserve_jax.core.scheduler import Limits, Scheduler
+from fastserve_jax.core.simulate import STOP, Run, simulate
+from fastserve_jax.core.types import Request, Sampling
+from fastserve_jax.metrics import Metrics
+from fastserve_jax.server.config import ServerConfig
+from fastserve_jax.server.lifecycle import listening
+from fastserve_jax.server.state import Served, ServerState
+from fastserve_jax.simulation.run import Source
+
+TRACE = Path(__file__).parents[2] / "shared" / "traces" / "sharegpt_first_turn_lengths.npy"
+LOAD = "poisson:n=2000;in=lognormal:200:1.0;out=bimodal:100:1200:0.1"
+FASTER, THROUGHPUT, AGREEMENT = 0.75, 0.97, 0.15  # what is asked
+END = 2  # SmolLM2's <|im_end|>; any token will do, for it is forced
+
+
+@dataclass(frozen=True)
+class Ask:
+    arrival_s: float
+    prompt: tuple[int, ...]
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the server says when a policy's turn is over."""
+
+    limits: Limits
+    cost: CostModel
+    preemptions: int
+    pages_out: int
+    pages_in: int
+    recomputed_tokens: int
+    stall_share: float
+
+
+def serve(pipe: Connection, model: str, sets: list[str]) -> None:
+    loaded = load(model, load_settings(None, sets), cache_folder())
+
+    async def one(policy: str) -> Told:
+        metrics = Metrics(loaded.name)
+        state = ServerState(ServerConfig(port=0), metrics)
+        scheduler = loaded.scheduler(policy)
+        engine = loaded.engine(metrics.step, scheduler=scheduler)
+        async with engine, listening(state) as url:
+            context = loaded.limits.max_context
+            state.ready(Served(loaded.name, engine, loaded.tokenizer, context, loaded.template))
+            pipe.send(url)
+            await asyncio.to_thread(pipe.recv)
+            stats = engine.stats()
+        assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0), stats
+        return Told(
+            loaded.limits,
+            scheduler.cost,
+            *(stats.preemptions, stats.pages_out, stats.pages_in, stats.recomputed_tokens),
+            stats.stall_s / stats.busy_s,
+        )
+
+    with loaded.runner:
+        pipe.send((loaded.limits, loaded.cost))
+        while (policy := pipe.recv()) is not None:
+            pipe.send(asyncio.run(one(policy)))
+
+
+async def replay(url: str, asks: list[Ask]) -> tuple[np.ndarray, np.ndarray, float]:
+    """Seconds to the last and to the first token of each, and tokens/s from first to last."""
+    async with AsyncClient(url, timeout_s=3600) as client:
+
+        async def one(ask: Ask) -> tuple[float, float]:
+            await asyncio.sleep(max(0.0, began + ask.arrival_s - time.perf_counter()))
+            due, first = began + ask.arrival_s, math.nan
+            fields = {
+                "temperature": 0,
+                "min_tokens": ask.output_tokens - 1,
+                "stop_token_ids": [END],
+            }
+            async with client.stream_complete(
+                prompt=list(ask.prompt), max_tokens=most, logit_bias={str(END): 100}, **fields
+            ) as stream:
+                async for chunk in stream:
+                    if math.isnan(first) and chunk.choices:
+                        first = time.perf_counter() - due
+            return time.perf_counter() - due, first
+
+        most = max(ask.output_tokens for ask in asks)
+        began = time.perf_counter() + 0.2
+        taken = np.array(await asyncio.gather(*map(one, asks)))
+    end_s = max(ask.arrival_s + jct for ask, jct in zip(asks, taken[:, 0], strict=True))
+    return taken[:, 0], taken[:, 1], sum(ask.output_tokens for ask in asks) / end_s
+
+
+def played(asks: list[Ask], policy: str, limits: Limits, cost: CostModel) -> Run:
+    most = max(ask.output_tokens for ask in asks)
+    requests = [
+        (a.arrival_s, Request(i, a.prompt, Sampling(most, stop_ids=frozenset({STOP}))))
+        for i, a in enumerate(asks)
+    ]
+    lengths = {i: a.output_tokens for i, a in enumerate(asks)}
+    known = cost.copy()
+    scheduler = Scheduler(limits, make_policy(policy, limits, known), known)
+    return simulate(scheduler, requests, lengths, cost)
+
+
+def make_asks(source: Source, scale: float, seed: int, limits: Limits) -> list[Ask]:
+    """Lengths times `scale`, prompts of tokens that occur nowhere else, all at once."""
+    workload = source.workload(seed)
+    chance = np.random.default_rng(seed)
+    asks = []
+    for given, wanted in zip(workload.prompt_tokens, workload.output_tokens, strict=True):
+        output = max(1, round(wanted * scale))
+        room = limits.max_context - output - 1
+        prompt = chance.integers(1000, 20_000, max(1, min(round(given * scale), room)))
+        asks.append(Ask(0.0, tuple(prompt.tolist()), output))
+    return asks
+
+
+def spread(asks: list[Ask], source: Source, seed: int, rate: float) -> list[Ask]:
+    """The same, arriving as the source has it, at so many a second."""
+    arrival_s = source.workload(seed).scaled_to(rate).arrival_s
+    return [
+        dataclasses.replace(a, arrival_s=float(t)) for a, t in zip(asks, arrival_s, strict=True)
+    ]
+
+
+def capacity(asks: list[Ask], limits: Limits, cost: CostModel) -> float:
+    """Requests a second that fcfs completes when all are there, first and last fifth apart."""
+    done_s = sorted(life.done_s for life in played(asks, "fcfs", limits, cost).lives)
+    low, high = len(done_s) // 5, 4 * len(done_s) // 5
+    return (high - low) / (done_s[high] - done_s[low])
+
+
+def jct_mean_s(run: Run) -> float:
+    return float(np.mean([life.done_s - life.arrival_s for life in run.lives]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--trace", type=Path, default=TRACE if TRACE.exists() else None)
+    parser.add_argument("--load", default=LOAD, help="where there is no trace")
+    parser.add_argument("--scale", type=float, default=0.1, help="of the lengths")
+    parser.add_argument("--n", type=int, default=150)
+    parser.add_argument("--rho", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--pages", type=int, default=96, help="a pool small enough for swapping")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--policies", default="fcfs,mlfq,adaptive")
+    asked = parser.parse_args()
+    policies = asked.policies.split(",")
+    sets = [f"engine.max_slots={asked.slots}", "engine.max_context=512", f"kv.pages={asked.pages}"]
+    sets += [f"kv.host_pages={8 * asked.pages}"]
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    server = context.Process(target=serve, args=(there, asked.model, sets))
+    server.start()
+    limits, cost = here.recv()
+    source = Source(trace=asked.trace, n=asked.n)
+    if asked.trace is None:
+        source = Source(spec=asked.load, n=asked.n)
+    asks = make_asks(source, asked.scale, asked.seed, limits)
+    rate = asked.rho * capacity(asks, limits, cost)
+    asks = spread(asks, source, asked.seed, rate)
+    print(
+        f"{asked.model}, {asked.n} requests of {asked.trace.name if asked.trace else asked.load} "
+        f"x {asked.scale}, {rate:.2f} a second (rho {asked.rho}), {asked.slots} slots, "
+        f"{limits.num_pages} + {limits.host_pages} pages of {limits.page_size}"
+    )
+    jct: dict[str, list[float]] = {policy: [] for policy in policies}
+    rates: dict[str, list[float]] = {policy: [] for policy in policies}
+    fitted = cost
+    for turn in range(-1, asked.rounds):
+        # The first, uncounted one warms the machine up and gives the cost model its steps.
+        order = ["fcfs"] if turn < 0 else policies[turn % len(policies) :]
+        order += [] if turn < 0 else policies[: turn % len(policies)]
+        for policy in order:
+            here.send(policy)
+            taken_s, first_s, tokens_per_s = asyncio.run(replay(here.recv(), asks))
+            here.send("over")
+            told = here.recv()
+            if turn < 0:
+                fitted = told.cost
+                continue
+            jct[policy].append(float(taken_s.mean()))
+            rates[policy].append(tokens_per_s)
+            print(f"round {turn} {policy:10} {describe(taken_s, first_s, tokens_per_s, told)}")
+    here.send(None)
+    server.join()
+    return judge(asks, jct, rates, limits, fitted)
+
+
+def describe(taken_s: np.ndarray, first_s: np.ndarray, tokens_per_s: float, told: Told) -> str:
+    return (
+        f"mean JCT {taken_s.mean():6.2f} s, P99 {np.percentile(taken_s, 99):6.2f}, first token P99 "
+        f"{np.nanpercentile(first_s, 99):6.2f}, {tokens_per_s:5.1f} tokens/s, {told.preemptions} "
+        f"preemptions, {told.pages_out} pages out, {told.pages_in} in, {told.recomputed_tokens} "
+        f"computed again, copies {told.stall_share:.1%}, cost model off {told.cost.error:.1%}"
+    )
+
+
+def judge(asks, jct, rates, limits, cost) -> int:
+    missed = False
+    print(
+        "policy      measured s  simulated s  measured/simulated  /fcfs measured  /fcfs simulated"
+    )
+    played_s = {policy: jct_mean_s(played(asks, policy, limits, cost)) for policy in jct}
+    base_s, base_played_s = float(np.median(jct["fcfs"])), played_s["fcfs"]
+    for policy, taken in jct.items():
+        found_s = float(np.median(taken))
+        off = found_s / played_s[policy]
+        missed |= abs(off - 1) > AGREEMENT
+        print(
+            f"{policy:10} {found_s:11.2f} {played_s[policy]:12.2f} {off:19.3f} "
+            f"{found_s / base_s:15.3f} {played_s[policy] / base_played_s:16.3f}"
+        )
+    if "adaptive" in jct:
+        faster = float(np.median(jct["adaptive"])) / base_s
+        kept = float(np.median(rates["adaptive"])) / float(np.median(rates["fcfs"]))
+        missed |= faster > FASTER or kept < THROUGHPUT
+        print(
+            f"adaptive / fcfs: mean JCT {faster:.3f} (asked {FASTER}), tokens/s {kept:.3f} "
+            f"(asked {THROUGHPUT})"
+        )
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
