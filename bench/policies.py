@@ -6,9 +6,10 @@ simulation says of the same requests.
 One process serves over HTTP, one policy at a time; this one sends the requests at their times. In
 each round every policy gets the same requests, and the order changes from round to round. Output
 lengths are the trace's: the end-of-text token is forbidden before and forced at that length, which
-the scheduler does not see. Afterwards the production scheduler plays the same requests in virtual
-time, on the cost model that was fitted to the steps of the first round. Exit status 1 when a figure
-misses what is asked.
+the scheduler does not see. Before the rounds all requests are sent at once under fcfs: that gives
+the rate at which it completes them, hence rho, and the steps that the cost model is fitted to.
+Afterwards the production scheduler plays the same requests in virtual time on that model. Exit
+status 1 when a figure misses what is asked.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fastserve_jax.assemble import load
 from fastserve_jax.cli import cache_folder
 from fastserve_jax.client import AsyncClient
 from fastserve_jax.config import load_settings
-from fastserve_jax.core.cost import CostModel
+from fastserve_jax.core.cost import CostModel, StepLoad, fit
 from fastserve_jax.core.policy import make_policy
 from fastserve_jax.core.scheduler import Limits, Scheduler
 from fastserve_jax.core.simulate import STOP, Run, simulate
@@ -41,7 +42,7 @@ from fastserve_jax.server.lifecycle import listening
 from fastserve_jax.server.state import Served, ServerState
 from fastserve_jax.simulation.run import Source
 
-TRACE = Path(__file__).parents[2] / "shared" / "traces" / "sharegpt_first_turn_lengths.npy"
+TRACE = Path(__file__).parents[2] / "shared" / "traces" / "servegen_m_large_1h_5rps.csv"
 LOAD = "poisson:n=2000;in=lognormal:200:1.0;out=bimodal:100:1200:0.1"
 FASTER, THROUGHPUT, AGREEMENT = 0.75, 0.97, 0.15  # what is asked
 END = 2  # SmolLM2's <|im_end|>; any token will do, for it is forced
@@ -58,8 +59,8 @@ class Ask:
 class Told:
     """What the server says when a policy's turn is over."""
 
-    limits: Limits
-    cost: CostModel
+    cost: CostModel  # as fitted to the steps of this turn
+    error: float  # of the scheduler's own
     preemptions: int
     pages_out: int
     pages_in: int
@@ -74,7 +75,10 @@ def serve(pipe: Connection, model: str, sets: list[str]) -> None:
         metrics = Metrics(loaded.name)
         state = ServerState(ServerConfig(port=0), metrics)
         scheduler = loaded.scheduler(policy)
-        engine = loaded.engine(metrics.step, scheduler=scheduler)
+        steps: list[tuple[StepLoad, float]] = []
+        engine = loaded.engine(
+            lambda step: steps.append((step.load, step.elapsed_s)), scheduler=scheduler
+        )
         async with engine, listening(state) as url:
             context = loaded.limits.max_context
             state.ready(Served(loaded.name, engine, loaded.tokenizer, context, loaded.template))
@@ -82,9 +86,12 @@ def serve(pipe: Connection, model: str, sets: list[str]) -> None:
             await asyncio.to_thread(pipe.recv)
             stats = engine.stats()
         assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0), stats
+        known = loaded.cost
+        fitted = fit([s for s in steps if not s[0].pages_moved], known.buckets)
+        fitted.page_out_s, fitted.page_in_s = known.page_out_s, known.page_in_s
         return Told(
-            loaded.limits,
-            scheduler.cost,
+            fitted,
+            scheduler.cost.error,
             *(stats.preemptions, stats.pages_out, stats.pages_in, stats.recomputed_tokens),
             stats.stall_s / stats.busy_s,
         )
@@ -139,9 +146,9 @@ def make_asks(source: Source, scale: float, seed: int, limits: Limits) -> list[A
     workload = source.workload(seed)
     chance = np.random.default_rng(seed)
     asks = []
+    room = limits.max_context - max(1, round(int(workload.output_tokens.max()) * scale)) - 1
     for given, wanted in zip(workload.prompt_tokens, workload.output_tokens, strict=True):
         output = max(1, round(wanted * scale))
-        room = limits.max_context - output - 1
         prompt = chance.integers(1000, 20_000, max(1, min(round(given * scale), room)))
         asks.append(Ask(0.0, tuple(prompt.tolist()), output))
     return asks
@@ -155,9 +162,9 @@ def spread(asks: list[Ask], source: Source, seed: int, rate: float) -> list[Ask]
     ]
 
 
-def capacity(asks: list[Ask], limits: Limits, cost: CostModel) -> float:
-    """Requests a second that fcfs completes when all are there, first and last fifth apart."""
-    done_s = sorted(life.done_s for life in played(asks, "fcfs", limits, cost).lives)
+def capacity(taken_s: np.ndarray) -> float:
+    """Requests a second, of all that were there at once: first and last fifth apart."""
+    done_s = np.sort(taken_s)
     low, high = len(done_s) // 5, 4 * len(done_s) // 5
     return (high - low) / (done_s[high] - done_s[low])
 
@@ -171,12 +178,12 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--trace", type=Path, default=TRACE if TRACE.exists() else None)
     parser.add_argument("--load", default=LOAD, help="where there is no trace")
-    parser.add_argument("--scale", type=float, default=0.1, help="of the lengths")
-    parser.add_argument("--n", type=int, default=150)
+    parser.add_argument("--scale", type=float, default=0.2, help="of the lengths")
+    parser.add_argument("--n", type=int, default=250)
     parser.add_argument("--rho", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--pages", type=int, default=96, help="a pool small enough for swapping")
+    parser.add_argument("--slots", type=int, default=4)
+    parser.add_argument("--pages", type=int, default=48, help="a pool small enough for swapping")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--policies", default="fcfs,mlfq,adaptive")
     asked = parser.parse_args()
@@ -187,12 +194,21 @@ def main() -> int:
     here, there = context.Pipe()
     server = context.Process(target=serve, args=(there, asked.model, sets))
     server.start()
-    limits, cost = here.recv()
+    limits, _ = here.recv()
     source = Source(trace=asked.trace, n=asked.n)
     if asked.trace is None:
         source = Source(spec=asked.load, n=asked.n)
     asks = make_asks(source, asked.scale, asked.seed, limits)
-    rate = asked.rho * capacity(asks, limits, cost)
+
+    def take_turn(policy: str, asks: list[Ask]) -> tuple[np.ndarray, np.ndarray, float, Told]:
+        here.send(policy)
+        taken_s, first_s, tokens_per_s = asyncio.run(replay(here.recv(), asks))
+        here.send("over")
+        return taken_s, first_s, tokens_per_s, here.recv()
+
+    taken_s, first_s, tokens_per_s, told = take_turn("fcfs", asks)
+    rate, fitted = asked.rho * capacity(taken_s), told.cost
+    print(f"all at once {describe(taken_s, first_s, tokens_per_s, told)}\n{fitted}")
     asks = spread(asks, source, asked.seed, rate)
     print(
         f"{asked.model}, {asked.n} requests of {asked.trace.name if asked.trace else asked.load} "
@@ -201,19 +217,10 @@ def main() -> int:
     )
     jct: dict[str, list[float]] = {policy: [] for policy in policies}
     rates: dict[str, list[float]] = {policy: [] for policy in policies}
-    fitted = cost
-    for turn in range(-1, asked.rounds):
-        # The first, uncounted one warms the machine up and gives the cost model its steps.
-        order = ["fcfs"] if turn < 0 else policies[turn % len(policies) :]
-        order += [] if turn < 0 else policies[: turn % len(policies)]
-        for policy in order:
-            here.send(policy)
-            taken_s, first_s, tokens_per_s = asyncio.run(replay(here.recv(), asks))
-            here.send("over")
-            told = here.recv()
-            if turn < 0:
-                fitted = told.cost
-                continue
+    for turn in range(asked.rounds):
+        at = turn % len(policies)
+        for policy in (*policies[at:], *policies[:at]):
+            taken_s, first_s, tokens_per_s, told = take_turn(policy, asks)
             jct[policy].append(float(taken_s.mean()))
             rates[policy].append(tokens_per_s)
             print(f"round {turn} {policy:10} {describe(taken_s, first_s, tokens_per_s, told)}")
@@ -227,7 +234,7 @@ def describe(taken_s: np.ndarray, first_s: np.ndarray, tokens_per_s: float, told
         f"mean JCT {taken_s.mean():6.2f} s, P99 {np.percentile(taken_s, 99):6.2f}, first token P99 "
         f"{np.nanpercentile(first_s, 99):6.2f}, {tokens_per_s:5.1f} tokens/s, {told.preemptions} "
         f"preemptions, {told.pages_out} pages out, {told.pages_in} in, {told.recomputed_tokens} "
-        f"computed again, copies {told.stall_share:.1%}, cost model off {told.cost.error:.1%}"
+        f"computed again, copies {told.stall_share:.1%}, cost model off {told.error:.1%}"
     )
 
 

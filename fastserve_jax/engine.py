@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
+from .core.cost import StepLoad
 from .core.scheduler import Scheduler
 from .core.stats import Stats
 from .core.types import DoneEvent, Event, Plan, Request, StepResult
@@ -39,6 +40,7 @@ class StepRecord:
     rows: int  # sequences in it
     tokens: int  # positions run
     prefill_tokens: int  # of them, in chunks of more than one
+    load: StepLoad
     elapsed_s: float  # from its dispatch or the end of the step before, whichever was later
     stats: Stats
 
@@ -253,7 +255,7 @@ class Engine:
         load = plan.load
         return StepRecord(
             *(plan.step, len(plan.work), load.tokens, load.prefill_tokens),
-            *(elapsed_s, self._scheduler.stats()),
+            *(load, elapsed_s, self._scheduler.stats()),
         )
 
     def _failed(self) -> EngineFailed:

@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+from fastserve_jax.core.cost import QUERY_BLOCK
 from fastserve_jax.core.scheduler import Limits
 from fastserve_jax.core.types import (
     Admission,
@@ -146,8 +147,9 @@ class FakeDevice:
         slots = [work.slot for work in plan.work]
         assert len(set(slots)) == len(slots), "a slot has two rows"
         assert set(slots) <= set(range(limits.max_slots))
-        load, tokens = plan.load, sum(counts)
-        assert (load.tokens, load.decode_rows) == (tokens, counts.count(1)), "mismeasured"
+        keys = sum((w.start + w.count) * -(-w.count // QUERY_BLOCK) for w in plan.work)
+        load = plan.load.tokens, plan.load.decode_rows, plan.load.kv_tokens
+        assert load == (sum(counts), counts.count(1), keys), "mismeasured"
         working = {(work.request_id, work.slot) for work in plan.work}
         for admission in plan.admissions:
             assert (admission.request_id, admission.slot) in working, "admitted without work"

@@ -288,6 +288,8 @@ class Adaptive(Policy):
             if len(heap) > 64 + 4 * len(self._standings):
                 heap[:] = [entry for entry in heap if entry[2].id in self._standings]
                 heapq.heapify(heap)
+        if len(self._stale) > 64 + 4 * len(self._standings):
+            self._stale = deque(seq for seq in self._stale if seq.id in self._standings)
 
     # Expectations and ranks
 

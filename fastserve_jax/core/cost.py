@@ -19,6 +19,7 @@ _GAIN = 0.05  # of a correction: a step weighs as much as the twenty before it
 _MOST_SURPRISE = 0.5  # a step that took longer than that much more says nothing of the model
 _MOST_SURPRISED = 0.3  # with such a share of surprises the device has become another
 _RIDGE = 1e-6
+_PASSES = 3
 
 
 class StepLoad(NamedTuple):
@@ -132,7 +133,8 @@ def fit(
 ) -> CostModel:
     """The model that explains `samples` (load, seconds) best; relative errors count alike.
 
-    Terms that come out negative are nothing, and the others are fitted again without them. Copies
+    Relative to what is predicted, in a few passes: relative to what was measured, slow steps would
+    count less than quick ones and all would come out too low. Terms that come out negative are nothing, and the others are fitted again without them. Copies
     are not fitted here where they overlap: time them alone and set `page_out_s`, `page_in_s`.
     """
     sizes = tuple(buckets)
@@ -143,16 +145,13 @@ def fit(
         one_hot[model._bucket(load.tokens)] = 1.0
         moves = [0.0, 0.0] if overlaps else [float(load.pages_out), float(load.pages_in)]
         terms = [*one_hot, *map(float, load[:3]), *moves]
-        rows.append(([term / seconds for term in terms], 1.0))
-    used = [i for i in range(len(sizes) + 5) if any(terms[i] for terms, _ in rows)]
-    while True:
-        found = _least_squares([([t[i] for i in used], y) for t, y in rows])
-        if all(value >= 0 for value in found):
-            break
-        used = [i for i, value in zip(used, found, strict=True) if value >= 0]
-    values = [0.0] * (len(sizes) + 5)
-    for i, value in zip(used, found, strict=True):
-        values[i] = value
+        rows.append((terms, seconds))
+    values: list[float] = [0.0] * (len(sizes) + 5)
+    scales = [seconds for _, seconds in rows]
+    for _ in range(_PASSES if rows else 0):
+        values = _nonnegative(rows, scales)
+        found = [sum(v * t for v, t in zip(values, terms, strict=True)) for terms, _ in rows]
+        scales = [max(predicted, 0.1 * s) for predicted, (_, s) in zip(found, rows, strict=True)]
     base_s = values[: len(sizes)]
     known = [value for value in base_s if value > 0]
     for i, value in enumerate(base_s):  # a bucket nobody measured costs what its neighbour does
@@ -163,6 +162,21 @@ def fit(
     return CostModel(
         base_s, sizes, prefill_token_s, decode_row_s, kv_token_s, out_s, in_s, overlaps, page_bytes
     )
+
+
+def _nonnegative(rows: list[tuple[list[float], float]], scales: list[float]) -> list[float]:
+    """A value for each term, the errors of each row counted in units of its scale."""
+    count = len(rows[0][0]) if rows else 0
+    used = [i for i in range(count) if any(terms[i] for terms, _ in rows)]
+    while True:
+        scaled = [
+            ([terms[i] / scale for i in used], seconds / scale)
+            for (terms, seconds), scale in zip(rows, scales, strict=True)
+        ]
+        found = dict(zip(used, _least_squares(scaled), strict=True))
+        if all(value >= 0 for value in found.values()):
+            return [found.get(i, 0.0) for i in range(count)]
+        used = [i for i, value in found.items() if value >= 0]
 
 
 def _least_squares(rows: list[tuple[list[float], float]]) -> list[float]:

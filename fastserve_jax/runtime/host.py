@@ -101,18 +101,19 @@ class Swaps:
             page: jax.Array = jax.device_put(there, jax.memory.Space.Device)
             return page
 
-        def restore(i: jax.Array, kv_pages: list[jax.Array]) -> list[jax.Array]:
+        def restore(i: jax.Array, views: list[jax.Array]) -> list[jax.Array]:
             target = _number(moves.targets, i)
-            views = [pages.reshape(-1, own, lanes) for pages in kv_pages]
-            for layer, view in enumerate(views):
-                views[layer] = _put(view, fetch(i, layer * own, own), target)
-            return [view.reshape(kv_pages[0].shape) for view in views]
+            return [
+                _put(view, fetch(i, layer * own, own), target) for layer, view in enumerate(views)
+            ]
 
         def stage(i: jax.Array, staged: jax.Array) -> jax.Array:
             return _put(staged, fetch(i, 0, rows), i)
 
         if self.on_cpu:  # to compile scatters of whole pages would take it ten times as long
-            return self._each(moves, restore, kv_pages), _after(moves)
+            # The views are made outside the loop: a body that ends in one writes whole arrays.
+            views = self._each(moves, restore, [p.reshape(-1, own, lanes) for p in kv_pages])
+            return [view.reshape(kv_pages[0].shape) for view in views], _after(moves)
         # A TPU's memory is tiled: the view would be a copy of the whole cache.
         size, targets = moves.sources.shape[0], jnp.asarray(moves.targets)
         empty = jnp.zeros((size, rows, lanes), host_pages.dtype)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from fastserve_jax.api.chat import ChatTurn
 from fastserve_jax.api.sampling import (
     MAX_DEADLINE_MS,
-    MAX_PRIORITY,
     MAX_NAME_CHARS,
+    MAX_PRIORITY,
     MAX_SALT_CHARS,
     SamplingFields,
     check_ids,

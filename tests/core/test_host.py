@@ -295,6 +295,19 @@ def test_between_pages_in_host_memory_those_on_the_device_are_used():
     driver.assert_all_as_alone()
 
 
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_what_nobody_waits_for_is_copied_only_beside_the_steps(overlaps):
+    """A page takes a fifth of a step: too long to hold it up for."""
+    cost = CostModel([0.01], (1,), 0.01, 0.0, page_out_s=2e-3, page_in_s=2e-3, overlaps=overlaps)
+    driver = swapping(cost=cost)
+    for first in (0, 30, 60):
+        driver.submit(range(first, first + 30), max_tokens=3)
+        driver.run()
+    stats = driver.scheduler.stats()
+    assert (stats.pages_out > 0) == overlaps
+    assert stats.stall_s == 0.0
+
+
 def test_no_copies_where_computing_is_cheaper():
     cost = CostModel(page_out_s=1.0, page_in_s=1.0)
     driver = swapping(cost=cost)

@@ -80,6 +80,16 @@ def test_srpt_displaces_nobody_for_little():
     assert driver.scheduler.stats().preemptions == 0
 
 
+def test_ranks_compare_though_steps_have_become_longer():
+    policy = ShortestFirst(ROOMY, CostModel(), lambda request_id: 20.0 - request_id, left=True)
+    first, second = sequence(1), sequence(2)
+    policy.join(first, 1, 0.0)
+    for _ in range(100):
+        policy.step(1.0, 0.0, 0.0)
+    policy.join(second, 1, 0.0)  # one token less to come
+    assert second.rank < first.rank
+
+
 def test_shortest_counts_the_prompt_as_work():
     driver = Driver(limits(max_slots=1), "sjf-oracle", cost=CostModel(prefill_token_s=1.0))
     driver.submit([1], max_tokens=1)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fastserve_jax.core.predict import History, output_edges
 
 PROMPTS = (5, 100, 2000)  # three groups
+CLIENTS = ("", "a", "b")
 
 
 def test_bins_widen_and_cover_everything():
@@ -38,34 +39,34 @@ def test_any_context_will_do(longest):
 
 # Against counting
 
-Seen = list[tuple[int, int, bool]]  # group, output tokens, ended
+Seen = list[tuple[str, int, int, bool]]  # client, prompt and output tokens, ended
 
 
-def hazards(history: History, seen: Seen, group: int) -> list[float]:
+def hazards(history: History, seen: Seen, client: str, prompt: int) -> list[float]:
     """Kaplan-Meier over bins: of those known to have lived through a bin's beginning and not cut
-    off in it, how many ended there; older ones count less; with the prior and the shrinkage."""
-    edges = history.edges
+    off in it, how many ended there; older ones count less. All of them lean on a prior, those of
+    like prompts on all, and a client's own on those."""
+    edges, group = history.edges, history.group(prompt)
+    same = [history.group(one[1]) == group for one in seen]
+    own = [is_same and one[0] == client for is_same, one in zip(same, seen, strict=True)]
+    layers = [([True] * len(seen), 1.0), (same, 100.0)]
+    if client:
+        layers.append((own, 30.0))
     found = []
     for k, (first, after) in enumerate(pairwise(edges)):
-        last = k == len(edges) - 2
-        a = math.log(edges[-1] / max(first, 1))
-        prior = 1.0 if last else 1.0 - math.log(edges[-1] / after) / a
-        counts = {}
-        for name, some in (("all", seen), ("own", [s if s[0] == group else None for s in seen])):
+        if k == len(edges) - 2:
+            found.append(1.0)
+            continue
+        chance = 1.0 - math.log(edges[-1] / after) / math.log(edges[-1] / max(first, 1))
+        for members, leaning in layers:
             ends = at_risk = 0.0
-            for age, one in enumerate(reversed(some), 1):
-                if one is None:
-                    continue
-                weight = 2.0 ** (-age / 4000.0)
-                _, output, ended = one
-                is_here = first <= output and (last or output < after)
-                ends += weight * (ended and is_here)
-                at_risk += weight * ((output >= after and not last) or (ended and is_here))
-            counts[name] = ends, at_risk
-        ends, at_risk = counts["all"]
-        common = (ends + prior) / (at_risk + 1.0)
-        ends, at_risk = counts["own"]
-        found.append(1.0 if last else (ends + 100.0 * common) / (at_risk + 100.0))
+            for age, (_, _, output, ended) in enumerate(reversed(seen), 1):
+                if members[-age]:
+                    weight = 2.0 ** (-age / 4000.0)
+                    ends += weight * (ended and first <= output < after)
+                    at_risk += weight * (output >= after or (ended and first <= output))
+            chance = (ends + leaning * chance) / (at_risk + leaning)
+        found.append(chance)
     return found
 
 
@@ -99,28 +100,28 @@ def random_history(seed: int, longest: int, count: int) -> tuple[History, Seen]:
     rng = random.Random(seed)
     history, seen = History(longest), []
     for _ in range(count):
-        prompt = rng.choice(PROMPTS)
+        client, prompt = rng.choice(CLIENTS), rng.choice(PROMPTS)
         output = min(int(rng.expovariate(1 / (0.02 * prompt + 40))), longest)
-        one = history.group(prompt), output, rng.random() < 0.7
-        history.record(*one)
-        seen.append(one)
+        ended = rng.random() < 0.7
+        history.record(history.group(prompt, client), output, ended)
+        seen.append((client, prompt, output, ended))
     return history, seen
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([30, 400, 4096]), st.integers(0, 300))
 def test_tables_are_those_of_counting(seed, longest, count):
     history, seen = random_history(seed, longest, count)
-    for prompt in PROMPTS:
-        group = history.group(prompt)
-        chances = hazards(history, seen, group)
-        for k, edge in enumerate(history.edges[:-1]):
-            left = history.left_tokens(group, edge)
-            assert left == pytest.approx(expected(history, chances, k))
-            # It stops looking where one in a hundred is left.
-            assert history.index_tokens(group, edge) == pytest.approx(
-                gittins(history, chances, k), rel=0.02
-            )
+    for client in CLIENTS:
+        for prompt in PROMPTS:
+            group = history.group(prompt, client)
+            chances = hazards(history, seen, client, prompt)
+            for k, edge in enumerate(history.edges[:-1]):
+                left = history.left_tokens(group, edge)
+                assert left == pytest.approx(expected(history, chances, k))
+                # It stops looking where one in a hundred is left.
+                index = history.index_tokens(group, edge)
+                assert index == pytest.approx(gittins(history, chances, k), rel=0.02)
 
 
 def test_an_index_is_never_more_than_what_is_left():
@@ -196,6 +197,30 @@ def test_a_new_group_leans_on_all_and_then_stands_alone():
     assert history.left_tokens(common, 0) < 100
 
 
+def test_a_client_is_soon_known_by_its_own():
+    history = History(4096)
+    own, others = history.group(100, "own"), history.group(100, "others")
+    assert len({own, others, history.group(100), history.group(2000, "own")}) == 4
+    assert history.group(100, "own") == own
+    for _ in range(1000):
+        history.record(others, 50, ended=True)
+    for count, least in ((0, 40), (30, 200), (300, 400)):
+        for _ in range(count):
+            history.record(own, 500, ended=True)
+        history._made_at[own] = -1
+        assert least < history.left_tokens(own, 0) < 550
+    history._made_at[others] = -1
+    assert history.left_tokens(others, 0) < 75
+    assert history.left_tokens(history.group(100, "new"), 0) > 100  # it leans on both
+
+
+def test_there_is_room_for_so_many_clients():
+    history = History(400)
+    groups = {history.group(100, str(client)) for client in range(5000)}
+    assert len(groups) < 2000
+    assert history.group(100, "one more") == history.group(100)
+
+
 def test_what_was_long_ago_fades():
     history = History(4096)
     for length in (1000, 20):
@@ -223,7 +248,9 @@ def test_weights_that_grow_large_are_scaled_down():
 def test_tables_follow_without_being_made_anew_every_time():
     history, made = History(400), []
     make = history._hazards
-    history._hazards = lambda group: (made.append(history._seen), make(group))[1]
+    history._hazards = lambda group: (made.append(history._seen) if not group else 0, make(group))[
+        1
+    ]
     for _ in range(3000):
         history.record(0, 10, ended=True)
         history.left_tokens(0, 0)

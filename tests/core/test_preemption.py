@@ -2,6 +2,7 @@
 
 import pytest
 
+from fastserve_jax.core.ordering import FirstComeFirstServed
 from tests.core.driver import Driver, limits, pressed
 
 
@@ -122,6 +123,42 @@ def test_a_large_request_is_not_overtaken_for_ever():
     assert big in driver.done
     driver.run()
     driver.assert_all_as_alone()
+
+
+class Urgent(FirstComeFirstServed):
+    preempts = True
+
+
+def test_nobody_makes_room_for_one_that_could_run_nothing():
+    """The budget is the better prompt's for four steps: until then the last one keeps its slot."""
+    driver = Driver(limits(max_slots=2, num_pages=32), Urgent())
+    driver.submit(range(10, 40), max_tokens=2, priority=2)
+    driver.plan()
+    driver.submit(range(32), max_tokens=2, priority=0)
+    for _ in range(2):
+        driver.turn()
+    driver.submit([50, 51], max_tokens=2, priority=1)
+    for _ in range(2):
+        driver.turn()
+        assert driver.scheduler.stats().preemptions == 0
+    driver.run()
+    assert driver.scheduler.stats().preemptions == 1
+    assert driver.device.admitted == [1, 2, 3, 1]
+    driver.assert_all_as_alone()
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("step_tokens", [4, 8, 32])
+def test_what_is_computed_again_is_counted(overlap, step_tokens):
+    """Also where it is preempted again in the middle of that."""
+    driver = Driver(limits(num_pages=9, step_tokens=step_tokens), overlap=overlap)
+    for i in range(4):
+        driver.submit(range(10 * i, 10 * i + 6), max_tokens=24)
+    driver.run()
+    stats = driver.scheduler.stats()
+    assert stats.recomputed_tokens > 0
+    assert driver.device.positions_run == 4 * (6 + 23) + stats.recomputed_tokens
+    assert stats.computed_tokens == driver.device.positions_run
 
 
 def test_fcfs_never_takes_a_slot():
