@@ -46,7 +46,8 @@ class Tuning:
 class _Standing:
     group: int
     turn: int
-    prefill_s: float  # of the prompt, still to come
+    prompt_s: float  # what of the prompt was not cached takes
+    prefill_s: float  # of it, still to come
     level: int = _WORK
     next_edge: int = 0  # output tokens at which expectations are made anew
     left: float = 0.0  # expected output tokens to come
@@ -98,9 +99,8 @@ class Adaptive(Policy):
         self._fairness.join(seq.request)
         prefill_s = self._cost.prefill_s(uncached_tokens, self._limits.step_tokens)
         self._turn += 1
-        standing = _Standing(
-            self._history.group(seq.prompt_tokens, seq.request.client), self._turn, prefill_s
-        )
+        group = self._history.group(seq.prompt_tokens, seq.request.client)
+        standing = _Standing(group, self._turn, prefill_s, prefill_s)
         self._standings[seq.id] = standing
         self._counts[_WORK] += 1
         self._prefill_left_s += prefill_s
@@ -166,7 +166,7 @@ class Adaptive(Policy):
         if seq.finish in (Finish.STOP, Finish.LENGTH):
             miss = abs(output - standing.expected) / max(output, standing.expected)
             self._prediction_error += 0.02 * (miss - self._prediction_error)
-            service_s = output * self._step_s
+            service_s = output * self._step_s + standing.prompt_s
             gain = max(0.02, 1.0 / (1.0 + self._turn))
             self._service_s += gain * (service_s - self._service_s)
 
@@ -237,7 +237,7 @@ class Adaptive(Policy):
                 continue
             pages = self._limits.pages_for(seq.entry_tokens)
             if pages > spare_pages:
-                continue
+                continue  # for good: nothing is promised to whom room must first be made for
             spare_pages -= pages
             self._move(standing, _SLICE)
             seq.rank = (_SLICE, seq.request.priority, order, standing.turn)
@@ -273,10 +273,9 @@ class Adaptive(Policy):
         to_come_s = standing.left * self._step_s + standing.prefill_s
         served_s = seq.output_tokens * self._step_s
         fcfs_s = standing.fcfs_wait_s + served_s + to_come_s
-        at = seq.submitted + self._tuning.patience * fcfs_s - to_come_s
+        at = seq.submitted + self._tuning.patience * fcfs_s - to_come_s + self._excess_s(seq)
         if not seq.output_tokens and standing.fcfs_wait_s < self._small_backlog_s():
             at = min(at, seq.submitted + standing.fcfs_start_s)  # no later than fcfs starts it
-        at += self._excess_s(seq)
         deadline = seq.request.deadline
         if deadline is not None and now + to_come_s < deadline:
             at = min(at, deadline - self._tuning.patience * to_come_s)

@@ -134,8 +134,9 @@ def fit(
     """The model that explains `samples` (load, seconds) best; relative errors count alike.
 
     Relative to what is predicted, in a few passes: relative to what was measured, slow steps would
-    count less than quick ones and all would come out too low. Terms that come out negative are nothing, and the others are fitted again without them. Copies
-    are not fitted here where they overlap: time them alone and set `page_out_s`, `page_in_s`.
+    count less than quick ones, and all would come out too low. Terms that come out negative are
+    nothing, and the others are fitted again without them. Copies are not fitted where they
+    overlap: time them alone and set `page_out_s`, `page_in_s`.
     """
     sizes = tuple(buckets)
     model = CostModel(base_s=[0.0] * len(sizes), buckets=sizes)

@@ -1,7 +1,8 @@
 """The whole engine on the device: 64 streams, a pool too small for them, some given up half way.
 
 Every finished text, greedy or seeded, must be the text of the same request alone, with overlap and
-without, whoever is preempted and wherever its pages go; and nothing may be left behind. float32, so equality is token for token.
+without, whoever is preempted and wherever its pages go; and nothing may be left behind. float32, so
+equality is token for token.
 """
 
 import asyncio

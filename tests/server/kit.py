@@ -12,7 +12,8 @@ from typing import ClassVar
 import aiohttp
 
 from fastserve_jax.api.sse import EventParser, ServerEvent
-from fastserve_jax.core.ordering import FirstComeFirstServed
+from fastserve_jax.core.cost import CostModel
+from fastserve_jax.core.policy import make_policy
 from fastserve_jax.core.scheduler import Limits, Scheduler
 from fastserve_jax.core.types import Request, Sampling
 from fastserve_jax.engine import Engine
@@ -133,6 +134,7 @@ async def kit(
     nan: Sequence[tuple[int, int]] = (),
     fail_at: int | None = None,
     ready: bool = True,
+    policy: str = "fcfs",
 ) -> AsyncIterator[Kit]:
     config = replace(config or ServerConfig(), port=0)
     metrics = Metrics(MODEL)
@@ -140,7 +142,8 @@ async def kit(
     runner = FakeRunner(device, delay_s=delay_s, fail_at=fail_at)
     tokenizer = LetterTokenizer()
     state = ServerState(config, metrics)
-    scheduler = Scheduler(limits, FirstComeFirstServed())
+    cost = CostModel(page_bytes=1024)
+    scheduler = Scheduler(limits, make_policy(policy, limits, cost), cost)
     headers = {"Authorization": f"Bearer {config.api_keys[0]}"} if config.api_keys else {}
     async with (
         Engine(scheduler, runner, on_step=metrics.step) as engine,

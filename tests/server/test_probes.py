@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import asyncio
+
 from prometheus_client.parser import text_string_to_metric_families
 
+from fastserve_jax.core.sequence import Limits
 from fastserve_jax.metrics import HISTOGRAMS, Histogram, Metrics
 
 from . import openai_schema
@@ -120,3 +123,47 @@ async def test_the_version():
     async with kit() as server:
         answer = await (await server.session.get(server.url + "/version")).json()
     assert answer["version"].count(".") == 2
+
+
+async def test_metrics_tell_what_is_preempted_and_moved():
+    tight = Limits(
+        page_size=4, num_pages=24, host_pages=400, max_slots=4, step_tokens=16, max_context=64
+    )
+    async with kit(limits=tight, policy="mlfq", delay_s=0.01) as server:
+        asked = {"max_tokens": 40, "ignore_eos": True}
+        bodies = [{**asked, "prompt": chr(97 + i) * 12} for i in range(12)]
+        await asyncio.gather(*(server.json("/v1/completions", body) for body in bodies))
+        await server.quiet()
+        families, stats = await scrape(server), server.engine.stats()
+    for name, expected in (
+        ("num_preemptions", stats.preemptions),
+        ("swap_out_pages", stats.pages_out),
+        ("swap_in_pages", stats.pages_in),
+        ("host_cache_hits", stats.host_hit_tokens),
+    ):
+        assert expected > 0, name
+        assert value(families, name, f"{name}_total") == expected
+    for way in ("out", "in"):
+        pages = value(families, f"swap_{way}_pages", f"swap_{way}_pages_total")
+        assert value(families, f"swap_{way}_bytes", f"swap_{way}_bytes_total") == 1024 * pages
+    assert value(families, "host_cache_usage_perc") == stats.host_pages_used / 400
+    assert value(families, "queue_level_requests", level="0") == 0
+    assert families.keys() >= {
+        f"fastserve:{name}"
+        for name in (
+            "swap_stall_seconds",
+            "recomputed_tokens",
+            "step_cost_error",
+            "engine_busy_seconds",
+        )
+    }
+
+
+async def test_metrics_show_what_the_default_policy_expects():
+    async with kit(policy="adaptive") as server:
+        await server.json("/v1/completions", {"prompt": "hello", "max_tokens": 10})
+        await server.quiet()
+        families = await scrape(server)
+    assert 0 <= value(families, "length_prediction_error") <= 1
+    assert value(families, "backlog_seconds") == 0
+    assert [value(families, "queue_level_requests", level=str(n)) for n in range(3)] == [0, 0, 0]
