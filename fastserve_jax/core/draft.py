@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections import deque
-from heapq import nlargest
+from collections.abc import Iterable
+from functools import partial
 
 from .books import Books, Match
 from .cost import QUERY_BLOCK, CostModel, StepLoad
@@ -18,7 +19,6 @@ from .types import Admission, Plan, Work
 
 _LOOK_AHEAD = 64  # waiting sequences passed over for want of pages before a step stops looking
 _COPY_SHARE = 0.05  # of a step's time that copies ahead of need may add where nothing hides them
-_MOST_KEEPERS = 4  # whose pages are copied ahead of need in one step
 
 
 class Draft:
@@ -37,6 +37,7 @@ class Draft:
         self._kv_tokens = 0
         self._admissions: list[Admission] = []
         self._admitted: list[Sequence] = []
+        self._wanted_pages = 0  # by those who may not enter before more can be taken at once
         self._aside: list[Sequence] = []  # to be queued again when the scan is over
         self._victims_left: list[Sequence] | None = None  # running, best rank first
         self.preemptions = 0
@@ -149,8 +150,9 @@ class Draft:
         private = total - len(found.on_device)
         if self._limits.host_pages and policy.swaps and books.running:
             # What must leave for it may have to be copied: not more than the step can bear.
-            copies = len(found.host_pages) + max(0, private - books.index.disposable)
+            copies = len(found.host_pages) + self._dirty(private)
             if copies and copies > self._copies_left():
+                self._wanted_pages = max(self._wanted_pages, private)
                 if found.host_pages:
                     books.send_away(seq)
                 return False
@@ -282,24 +284,48 @@ class Draft:
                 room += len(index.kept(last))
         return max(room, 0)
 
+    def _next_to_go(self, count: int) -> list[tuple[int, bytes]]:
+        """The first `count` pages, with their names, that would have to go: of those who wait, then
+        of the running, lowest rank first. Full pages stay as they are while their owner runs on."""
+        index, sequences = self._books.index, self._books.sequences
+        pages: list[tuple[int, bytes]] = []
+        keepers: Iterable[int] = index.keepers
+        if len(index.keepers) > 1:
+            starts_in = partial(self._policy.starts_in, now=self._now)
+            keepers = sorted(index.keepers, key=lambda i: starts_in(sequences[i]), reverse=True)
+        for keeper in keepers:
+            if len(pages) >= count:
+                break
+            pages += [(page, index.digest(page)) for page in index.kept(keeper)]
+        for seq in reversed(self._candidates):
+            if len(pages) >= count:
+                break
+            full = reversed(seq.pages[: seq.indexed_pages])
+            pages += [(page, name) for page in full if (name := index.name(page)) is not None]
+        return pages[:count]
+
+    def _dirty(self, pages: int) -> int:
+        """Of so many to be taken, those that must be copied before."""
+        short = pages - self._books.index.disposable
+        if short <= 0:
+            return 0
+        found = self._next_to_go(short)
+        clean = sum(digest in self._books.host for _, digest in found)
+        return short - clean
+
     def _write_behind(self) -> None:
-        """Keep `reserve_pages` that can be taken at once: nobody's, or with a copy already."""
-        index, books, policy = self._books.index, self._books, self._policy
-        short = policy.reserve_pages - index.disposable
-        if short <= 0 or not index.keepers:
+        """Keep pages that can be taken at once, nobody's or with a copy already: as many as the
+        policy reserves, and as were wanted in vain."""
+        index, books = self._books.index, self._books
+        short = max(self._policy.reserve_pages, self._wanted_pages) - index.disposable
+        if short <= 0 or not (index.keepers or self._wanted_pages):
             return
-        most, sequences = self._copies_left(), books.sequences
-        longest = nlargest(
-            _MOST_KEEPERS, index.keepers, lambda i: policy.starts_in(sequences[i], self._now)
-        )
-        for keeper in longest:
-            for page in index.kept(keeper):
-                if most <= 0 or short <= 0:
-                    return
-                digest = index.digest(page)
-                if digest not in books.host:
-                    most -= books.save(page, digest)
-                short -= 1
+        most = self._copies_left()
+        for page, digest in self._next_to_go(short):
+            if most <= 0:
+                return
+            if digest not in books.host:
+                most -= books.save(page, digest)
 
     def _copies_left(self, credit_s: float | None = None) -> int:
         """How many more pages this step may move: what its compute hides, and what it may be

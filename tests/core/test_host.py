@@ -402,6 +402,7 @@ def test_copies_are_spread_over_the_steps_that_hide_them():
 
 
 def test_nobody_enters_for_whom_more_must_leave_than_a_step_hides():
+    """It is copied bit by bit while its owner runs on, who gives way when that is done."""
     cost = CostModel([0.01], (1,), 0.01, 0.0, page_out_s=4e-3, page_in_s=4e-3, overlaps=True)
     policy = Urgent()
     policy.copy_credit_s = lambda: 0.0
@@ -410,8 +411,9 @@ def test_nobody_enters_for_whom_more_must_leave_than_a_step_hides():
     turns(driver, 6)
     fill(driver)
     driver.run()
-    assert driver.scheduler.stats().preemptions == 0
-    assert list(driver.done) == [1, 2]
+    assert driver.scheduler.stats().preemptions == 1
+    assert list(driver.done) == [2, 1]
+    assert max(len(plan.swap_out) for plan in driver.plans) <= 2
     driver.assert_all_as_alone()
 
 
@@ -439,3 +441,29 @@ def test_a_reserve_is_kept_that_can_be_taken_at_once():
     driver.run()
     assert driver.scheduler.stats().recomputed_tokens == 0
     driver.assert_all_as_alone()
+
+
+def test_a_large_newcomer_does_not_wait_for_ever_behind_copies():
+    """A step bears one copy, and all pages are kept for those who wait: they are copied for it bit
+    by bit, and it enters while others go on running."""
+    cost = CostModel([0.1], page_out_s=0.004, page_in_s=1e-9)
+    d = Driver(limits(num_pages=16, host_pages=200, step_tokens=48), "mlfq", cost=cost)
+    for i in range(6):
+        d.submit(range(i, i + 8), max_tokens=24)
+    for _ in range(40):
+        d.now += 0.1
+        d.turn()
+    large = d.submit(range(40, 80), max_tokens=2)
+    entered = None
+    for turn in range(400):
+        d.now += 0.1
+        if d.scheduler.stats().waiting < 4:
+            d.submit([turn % 60, turn % 7, 5], max_tokens=20)
+        d.turn()
+        if large in d.device.admitted:
+            entered = turn
+            break
+    assert entered is not None
+    assert d.scheduler.stats().running > 0
+    d.run()
+    d.assert_all_as_alone()
