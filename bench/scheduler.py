@@ -67,7 +67,7 @@ def measure(policy: str, pages: str, live: int, slots: int, steps: int) -> Measu
         max_slots=slots,
         step_tokens=slots + 512,
         max_queue=live,
-        max_live=live,
+        max_live=2 * live,  # those with a step still in flight count
     )
     cost = CostModel([0.012], (1,), 2e-5, 1e-4, page_out_s=3e-4, page_in_s=3e-4, overlaps=True)
     scheduler, rng = Scheduler(limits, make_policy(policy, limits, cost), cost), random.Random(1)

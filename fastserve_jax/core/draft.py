@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections import deque
-from collections.abc import Iterable
 from functools import partial
 
 from .books import Books, Match
@@ -39,6 +38,7 @@ class Draft:
         self._admitted: list[Sequence] = []
         self._wanted_pages = 0  # by those who may not enter before more can be taken at once
         self._aside: list[Sequence] = []  # to be queued again when the scan is over
+        self._keepers: list[int] | None = None  # whose pages are kept, last to start first
         self._victims_left: list[Sequence] | None = None  # running, best rank first
         self.preemptions = 0
         self.hit_tokens = 0  # of admitted sequences, found in the cache
@@ -48,6 +48,7 @@ class Draft:
         """The plan, or None when nothing can run now."""
         growing = self._collect()
         self._books.spare_copies = self._copies_left(0.0) // 2
+        self._books.index.choose_again()
         if growing:
             self._grow(growing)
         if len(self._books.away):
@@ -289,11 +290,11 @@ class Draft:
         of the running, lowest rank first. Full pages stay as they are while their owner runs on."""
         index, sequences = self._books.index, self._books.sequences
         pages: list[tuple[int, bytes]] = []
-        keepers: Iterable[int] = index.keepers
-        if len(index.keepers) > 1:
+        if self._keepers is None:
             starts_in = partial(self._policy.starts_in, now=self._now)
-            keepers = sorted(index.keepers, key=lambda i: starts_in(sequences[i]), reverse=True)
-        for keeper in keepers:
+            order = sorted(index.keepers, key=lambda i: starts_in(sequences[i]), reverse=True)
+            self._keepers = order
+        for keeper in self._keepers:
             if len(pages) >= count:
                 break
             pages += [(page, index.digest(page)) for page in index.kept(keeper)]

@@ -17,6 +17,7 @@ _SHRINKAGE = 100.0  # requests that a group must have seen to count as much as a
 _OWN_SHRINKAGE = 30.0  # the same for a client's own, which are more alike
 _MOST_OWN = 1024  # clients' histories, by prompt length; later ones share
 _PRIOR = 1.0  # requests' worth of the guess made before anything was seen
+_PRIOR_TOKENS = 200.0  # that guess: outputs of this mean, each token as likely the last
 _REFRESH = 0.05  # share of new endings after which a group's tables are made again
 _HALF_LIFE = 4000.0  # endings after which one counts half: lengths drift
 
@@ -51,10 +52,8 @@ class History:
             self._add_group(everybody)
         self._add_group(-1)
         self._first_own = len(self._parent)
-        last = float(self.edges[-1])
-        # Before anything is seen: as if lengths were spread evenly in their logarithm.
-        beyond = [math.log(last / max(edge, 1)) for edge in self.edges]
-        self._prior = [1.0 - b / a for a, b in pairwise(beyond)]
+        # Before anything is seen, age tells nothing: then nobody is displaced for a newcomer.
+        self._prior = [1.0 - math.exp((a - b) / _PRIOR_TOKENS) for a, b in pairwise(self.edges)]
 
     def group(self, prompt_tokens: int, client: str = "") -> int:
         """Which history a prompt of that length belongs to; a client's own, while there is room

@@ -46,6 +46,7 @@ class PrefixIndex:
         self._idle: OrderedDict[int, None] = OrderedDict()  # nobody's, longest unused first
         self._kept: dict[int, dict[int, None]] = {}  # by keeper: unreferenced, last page first
         self._keeper_of: dict[int, int] = {}
+        self._giving: int | None = None  # the keeper that `last` named, while it has pages
 
     @property
     def available(self) -> int:
@@ -113,7 +114,9 @@ class PrefixIndex:
             if self._idle:
                 page, _ = self._idle.popitem(last=False)
             else:
-                keeper = last(self._kept.keys())
+                keeper = self._giving
+                if keeper is None or keeper not in self._kept:
+                    keeper = self._giving = last(self._kept.keys())
                 page = next(iter(self._kept[keeper]))
                 self._unkeep_page(page)
             digest = self._digest_of.pop(page)
@@ -121,6 +124,10 @@ class PrefixIndex:
             self._evicted(page, digest, keeper)
             self._pool.free_page(page)
         return self._pool.take(count)
+
+    def choose_again(self) -> None:
+        """Who can do without its pages for longest may be another by now."""
+        self._giving = None
 
     def offer(self, digest: bytes, page: int) -> None:
         """Let others share `page`. Where an equal page is known already, it stays private."""

@@ -57,7 +57,7 @@ def hazards(history: History, seen: Seen, client: str, prompt: int) -> list[floa
         if k == len(edges) - 2:
             found.append(1.0)
             continue
-        chance = 1.0 - math.log(edges[-1] / after) / math.log(edges[-1] / max(first, 1))
+        chance = 1.0 - math.exp((first - after) / 200.0)
         for members, leaning in layers:
             ends = at_risk = 0.0
             for age, (_, _, output, ended) in enumerate(reversed(seen), 1):
