@@ -27,16 +27,6 @@ class HostIndex:
     def find(self, digest: bytes) -> int | None:
         return self._page_of.get(digest)
 
-    def match(self, chain: Iterable[bytes]) -> list[int]:
-        """The pages of the longest known prefix of `chain`. Changes nothing."""
-        pages: list[int] = []
-        for digest in chain:
-            page = self._page_of.get(digest)
-            if page is None:
-                break
-            pages.append(page)
-        return pages
-
     def put(self, digest: bytes) -> int | None:
         """The page that is to hold `digest` from now on; None where this plan needs them all."""
         if self._free:

@@ -71,16 +71,6 @@ class PrefixIndex:
         """Its unreferenced pages, last one first."""
         return list(self._kept.get(keeper, ()))
 
-    def match(self, chain: Iterable[bytes]) -> list[int]:
-        """The pages of the longest known prefix of `chain`. Changes nothing."""
-        pages: list[int] = []
-        for digest in chain:
-            page = self._page_of.get(digest)
-            if page is None:
-                break
-            pages.append(page)
-        return pages
-
     def find(self, digest: bytes) -> int | None:
         return self._page_of.get(digest)
 

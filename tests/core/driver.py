@@ -211,3 +211,13 @@ def pressed(policy: str = "fcfs", *, overlap: int = 1) -> Driver:
     driver.submit(range(6), max_tokens=20)
     driver.submit(range(20, 26), max_tokens=20)
     return driver
+
+
+def known(index, chain):
+    """The pages of the longest known prefix of `chain`."""
+    pages = []
+    for digest in chain:
+        if index.find(digest) is None:
+            break
+        pages.append(index.find(digest))
+    return pages

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fastserve_jax.core.pages import PagePool
 from fastserve_jax.core.prefix import PrefixIndex, extend_chain, root_digest, tail_digest
+from tests.core.driver import known
 
 
 def take(index, count):
@@ -48,7 +49,7 @@ def test_index_shares_keeps_and_forgets():
     pages = take(index, 2)
     for digest, page in zip(chain, pages, strict=True):
         index.offer(digest, page)
-    index.share(index.match(chain))
+    index.share(known(index, chain))
     index.check(dict.fromkeys(pages, 2))
     index.release(pages)
     index.check(dict.fromkeys(pages, 1))
@@ -56,7 +57,7 @@ def test_index_shares_keeps_and_forgets():
     assert (index.idle, index.available) == (2, 4)
     index.check({})
     taken = take(index, 3)  # the two free ones, and the end of the chain
-    assert index.match(chain) == pages[:1]
+    assert known(index, chain) == pages[:1]
     index.share(pages[:1])
     index.check(dict.fromkeys([*taken, pages[0]], 1))
     assert index.available == 0
@@ -68,7 +69,7 @@ def test_the_second_of_two_equal_pages_stays_private():
     first, second = take(index, 2)
     index.offer(digest, first)
     index.offer(digest, second)
-    assert index.match([digest]) == [first]
+    assert known(index, [digest]) == [first]
     index.release([second])
     assert index.idle == 0
     index.check({first: 1})
@@ -93,8 +94,8 @@ def test_a_keeper_loses_its_last_pages_first_and_after_everybodys():
 
     held = dict.fromkeys(index.take(6, last), 1)
     assert asked == [{1, 2}, {1}]  # once for all pages of one keeper
-    assert index.match(chains[1]) == index.kept(1)
-    assert not index.match(chains[2]) + index.match(chains[3])
+    assert known(index, chains[1]) == index.kept(1)
+    assert not known(index, chains[2]) + known(index, chains[3])
     index.check(held)
     index.unkeep(1)
     assert (index.disposable, index.keepers) == (1, set())
