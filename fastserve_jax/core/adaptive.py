@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import KeysView, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .cost import CostModel
@@ -206,9 +206,6 @@ class Adaptive(Policy):
     def starts_in(self, seq: Sequence, now: float) -> float:
         level, _, key, _ = seq.rank
         return level * 1e9 + key
-
-    def last(self, sequences: Mapping[int, Sequence], keepers: KeysView[int], now: float) -> int:
-        return max(keepers, key=lambda keeper: sequences[keeper].rank)
 
     def levels(self) -> tuple[int, ...]:
         return tuple(self._counts)
