@@ -29,13 +29,14 @@ _SLICE, _LATE, _WORK = range(3)
 class Tuning:
     """What was chosen by simulation (bench/bars.py); none of it depends on a workload's scale."""
 
+    brevity: float = 1.0  # what seconds per token count beside seconds
     aging: float = 0.03  # seconds of work forgiven per second waited
     keep: float = 0.6  # work begun counts so much: no change of mind for little
     slice_share: float = 0.25  # of the slots, for first tokens
     small_backlog: float = 2.5  # mean service times; below, first tokens are promised
     slice_prompts: float = 0.06  # and while all prompts to come take less than so much of one
     late_share: float = 0.5  # of the slots, for those who are late
-    patience: float = 1.5  # late is later than so many times what fcfs would have taken
+    patience: float = 1.25  # late is later than so many times what fcfs would have taken
     fairness: float = 0.1  # seconds of work per second of the device beyond a fair part
     copy_share: float = 0.04  # of the time, for waiting on copies
     copy_burst_s: float = 0.5  # how much of it may be saved up
@@ -75,7 +76,7 @@ class Adaptive(Policy):
     ) -> None:
         self._limits, self._cost, self._lengths = limits, cost, lengths
         self._tuning = tuning or Tuning()
-        self._history = History(limits.max_context)
+        self._history = History(limits.max_context, self._tuning.brevity)
         self._fairness = Fairness()
         self._standings: dict[int, _Standing] = {}
         self._fresh: list[tuple[float, int, Sequence]] = []  # first token not out, in that order
@@ -107,6 +108,7 @@ class Adaptive(Policy):
         standing.fcfs_wait_s = self._backlog_s()
         ahead = max(0, len(self._standings) - self._limits.max_slots)
         standing.fcfs_start_s = ahead * self._mean_service_s() / self._limits.max_slots
+        standing.fcfs_start_s += self._prefill_left_s - prefill_s
         self._expect(seq, standing, 0)
         standing.expected = max(standing.left, 1.0)
         self._sweep()
@@ -258,10 +260,13 @@ class Adaptive(Policy):
             standing = self._standings.get(seq.id)
             if standing is None or standing.latest != at or standing.level == _LATE:
                 continue
-            if seq.phase is Phase.WAITING and not seq.in_flight:
+            waits = seq.phase is Phase.WAITING and not seq.in_flight
+            # One that runs, but whose prompt has yielded to shorter ones for long enough, counts.
+            if waits or (seq.phase is Phase.RUNNING and standing.prefill_s):
                 self._move(standing, _LATE)
                 seq.rank = (_LATE, seq.request.priority, at, standing.turn)
-                changed.append(seq)
+                if waits:
+                    changed.append(seq)
         return changed
 
     def _latest_start(self, seq: Sequence, standing: _Standing, now: float) -> float:
@@ -328,7 +333,11 @@ class Adaptive(Policy):
             return
         tuning, request = self._tuning, seq.request
         # A prompt holds all slots up while it runs, hence its weight.
-        work_s = standing.index * self._step_s + self._limits.max_slots * standing.prefill_s
+        ahead = self._limits.max_slots * standing.prefill_s / self._step_s
+        work = standing.index + ahead
+        if ahead and not seq.output_tokens and self._lengths is None:
+            work = min(work, self._history.new_index_tokens(standing.group, ahead))
+        work_s = work * self._step_s
         if standing.is_settled:
             work_s *= tuning.keep
         if seq.phase is Phase.RUNNING and seq.output_tokens + 1 < standing.settled_at:

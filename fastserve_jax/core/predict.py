@@ -31,9 +31,15 @@ def output_edges(longest: int) -> list[int]:
 
 
 class History:
-    """`longest` output and prompt in tokens bound the bins; what exceeds them is in the last."""
+    """`longest` output and prompt in tokens bound the bins; what exceeds them is in the last.
 
-    def __init__(self, longest: int) -> None:
+    `brevity` is what an answer's seconds per token count beside its seconds, for the index: an
+    answer of X tokens is worth (1 + brevity * H / X) / (1 + brevity), H the harmonic mean of all
+    lengths, hence 1 on average. With 0 all answers are worth the same.
+    """
+
+    def __init__(self, longest: int, brevity: float = 0.0) -> None:
+        self._brevity = brevity
         self.edges = output_edges(longest)
         self._prompt_edges = [2.0**i for i in range(4, math.ceil(math.log2(longest)) + 1)]
         # By group: of what was seen, and the tables made of it. First those of prompt lengths,
@@ -43,13 +49,14 @@ class History:
         self._risked: list[list[float]] = []
         self._left: list[list[float]] = []
         self._index: list[list[float]] = []
+        self._tries: list[list[tuple[float, float]]] = []  # of a new request: tokens, worth ended
         self._made_at: list[int] = []  # endings seen when the tables were made
         self._own: dict[tuple[str, int], int] = {}  # client and prompt group -> group
         self._seen = 0  # endings in all
         self._weight = 1.0  # of the next ending; grows, so that older ones fade
-        everybody = len(self._prompt_edges) + 1
-        for _ in range(everybody):
-            self._add_group(everybody)
+        self._everybody = len(self._prompt_edges) + 1
+        for _ in range(self._everybody):
+            self._add_group(self._everybody)
         self._add_group(-1)
         self._first_own = len(self._parent)
         # Before anything is seen, age tells nothing: then nobody is displaced for a newcomer.
@@ -73,6 +80,7 @@ class History:
         bins = len(self.edges) - 1
         self._parent.append(parent)
         self._made_at.append(-1)
+        self._tries.append([])
         for tables in (self._ended, self._risked, self._left, self._index):
             tables.append([0.0] * bins)
 
@@ -101,9 +109,14 @@ class History:
         return self._left[group][self.bin(output_tokens)]
 
     def index_tokens(self, group: int, output_tokens: int) -> float:
-        """Gittins: the least, over all ways to stop trying, of tokens spent per request ended."""
+        """Gittins: the least, over all ways to stop trying, of tokens spent per worth ended."""
         self._make(group)
         return self._index[group][self.bin(output_tokens)]
+
+    def new_index_tokens(self, group: int, ahead_tokens: float) -> float:
+        """The index of a request that has yet to do work of `ahead_tokens` before its first."""
+        self._make(group)
+        return min((ahead_tokens + spent) / worth for spent, worth in self._tries[group])
 
     def _make(self, group: int) -> None:
         made = self._made_at[group]
@@ -118,17 +131,31 @@ class History:
         for k in range(bins - 1, -1, -1):
             spent = widths[k] * (1.0 - hazards[k] / 2.0)
             after = left[k] = spent + (1.0 - hazards[k]) * after
-        index = self._index[group]
+        index, worths = self._index[group], self._worths()
         for k in range(bins):
-            best, spent, alive = math.inf, 0.0, 1.0
+            tries = []
+            spent, worth, alive = 0.0, 0.0, 1.0
             for m in range(k, bins):
                 spent += alive * widths[m] * (1.0 - hazards[m] / 2.0)
+                worth += alive * hazards[m] * worths[m]
                 alive *= 1.0 - hazards[m]
-                if alive < 1.0 and spent / (1.0 - alive) < best:
-                    best = spent / (1.0 - alive)
+                if worth > 0.0:
+                    tries.append((spent, worth))
                 if alive < 0.01:
                     break
-            index[k] = best
+            index[k] = min(spent / worth for spent, worth in tries)
+            if k == 0:
+                self._tries[group] = tries
+
+    def _worths(self) -> list[float]:
+        """Of an answer that ends in a bin."""
+        middles = [(a + b) / 2.0 for a, b in pairwise(self.edges)]
+        alive, inverse = 1.0, 0.0
+        for hazard, middle in zip(self._hazards(self._everybody), middles, strict=True):
+            inverse += alive * hazard / middle
+            alive *= 1.0 - hazard
+        brevity = self._brevity
+        return [(1.0 + brevity / (inverse * middle)) / (1.0 + brevity) for middle in middles]
 
     def _hazards(self, group: int) -> list[float]:
         """Of a request that reached a bin, the chance to end there: what the group saw, leaning on

@@ -25,7 +25,8 @@ class Study:
         and 1024 out otherwise.
     policy
         Separated by commas; the others are compared with the first. srpt-predicted and adaptive
-        take a predictor's error, as in adaptive:sigma=0.6.
+        take a predictor's error, as in adaptive:sigma=0.6; mlfq and mlfq-naive the seconds after
+        which who waits is promoted, as in mlfq:starve=3.
     rho
         Loads, separated by commas, as shares of what FCFS completes with the same device, slots
         and pages; arrivals are stretched to them. Without it they stay as they are.

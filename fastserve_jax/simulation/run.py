@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core.cost import CostModel
-from ..core.policy import POLICIES, Lengths, make_policy
+from ..core.mlfq import SkipJoinMLFQ
+from ..core.policy import POLICIES, Lengths, Policy, make_policy
 from ..core.scheduler import Limits, Scheduler
 from ..core.simulate import Run, Sample, simulate
 from ..errors import ConfigError
@@ -28,7 +29,14 @@ DEFAULT_SIGMA = 0.6  # of a predictor's error, in logarithm
 DEFAULT_STEP_TOKENS = 512
 _TIMELINE_SAMPLES = 400
 _TRUE_LENGTHS = ("sjf-oracle", "srpt-oracle")
-_PREDICTED = ("srpt-predicted", "adaptive")  # which `:sigma=` may stand behind
+# What may stand behind a policy's name: a predictor's error, or the seconds until starvation.
+_OPTIONS = {
+    "srpt-predicted": "sigma",
+    "adaptive": "sigma",
+    "mlfq": "starve",
+    "mlfq-naive": "starve",
+}
+_MOST = {"sigma": 5.0, "starve": 1e9}
 
 Tell = Callable[[float], None]  # hears which share of a run is over
 
@@ -51,11 +59,18 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class PolicyChoice:
-    """A policy as written: its name, and the predictor's error where it has one."""
+    """A policy as written: its name and its option."""
 
     written: str
     name: str
-    sigma: float | None  # None: it is told no lengths, or true ones
+    sigma: float | None = None  # a predictor's error; None: it is told no lengths, or true ones
+    starve_s: float | None = None  # None: as the policy has it
+
+    def make(self, limits: Limits, cost: CostModel, workload: Workload, seed: int) -> Policy:
+        if self.starve_s is not None:
+            skip_join = self.name == "mlfq"
+            return SkipJoinMLFQ(limits, cost, starve_s=self.starve_s, skip_join=skip_join)
+        return make_policy(self.name, limits, cost, self.lengths(workload, seed))
 
     def lengths(self, workload: Workload, seed: int) -> Lengths | None:
         """The true output lengths, predicted ones, or none. One seed errs alike for all."""
@@ -69,24 +84,27 @@ class PolicyChoice:
 
 
 def parse_policy(text: str) -> PolicyChoice:
-    """`name` or `name:sigma=S`. Raises ConfigError listing the names."""
+    """`name`, `name:sigma=S` or `name:starve=S`. Raises ConfigError listing what there is."""
     name, colon, option = text.strip().partition(":")
     if name not in POLICIES:
         raise ConfigError(f"no policy {name!r}: choose among {', '.join(POLICIES)}")
     if not colon:
         return PolicyChoice(name, name, DEFAULT_SIGMA if name == "srpt-predicted" else None)
-    key, _, value = option.partition("=")
+    key, _, given = option.partition("=")
     try:
-        sigma = float(value)
+        value = float(given)
     except ValueError:
-        sigma = math.nan
-    if name not in _PREDICTED or key != "sigma" or not 0 <= sigma <= 5:
-        with_option = " and ".join(f"{name}:sigma=0.6" for name in _PREDICTED)
+        value = math.nan
+    if _OPTIONS.get(name) != key or not 0 <= value <= _MOST[key]:
         raise ConfigError(
-            f"policy {text.strip()!r}: the only option is the predictor's error, 0 to 5, as in "
-            f"{with_option}"
+            f"policy {text.strip()!r}: the only options are a predictor's error, 0 to 5, as in "
+            "srpt-predicted:sigma=0.6 and adaptive:sigma=0.6, and the seconds after which who "
+            "waits is promoted, as in mlfq:starve=3 and mlfq-naive:starve=3"
         )
-    return PolicyChoice(f"{name}:{option}", name, sigma)
+    written = f"{name}:{option}"
+    if key == "sigma":
+        return PolicyChoice(written, name, sigma=value)
+    return PolicyChoice(written, name, starve_s=value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +253,7 @@ def _simulate(
 ) -> Run:
     # The scheduler corrects its model as it goes, and must not correct the device with it.
     cost = cell.device.copy()
-    policy = make_policy(choice.name, limits, cost, choice.lengths(workload, cell.seed))
+    policy = choice.make(limits, cost, workload, cell.seed)
     return simulate(
         Scheduler(limits, policy, cost),
         workload.arrivals(limits.num_pages * limits.page_size),

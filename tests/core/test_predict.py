@@ -86,19 +86,36 @@ def expected(history: History, chances: list[float], k: int) -> float:
     return sum(chance * tokens for chance, tokens, _ in outcomes(history, chances, k))
 
 
-def gittins(history: History, chances: list[float], k: int) -> float:
-    """The best of all stopping times: expected tokens spent over the chance to have ended."""
-    best, ended, spent, far = math.inf, 0.0, 0.0, outcomes(history, chances, k)
-    for chance, tokens, through in far:
+def gittins(
+    history: History, chances: list[float], k: int, worths: list[float], ahead: float = 0.0
+) -> float:
+    """The best of all stopping times: expected tokens spent over what is expected to be gained."""
+    best, ended, gained, spent = math.inf, 0.0, 0.0, ahead
+    for (chance, tokens, through), worth in zip(
+        outcomes(history, chances, k), worths[k:], strict=True
+    ):
         ended += chance
+        gained += chance * worth
         spent += chance * tokens
-        best = min(best, (spent + (1.0 - ended) * through) / ended) if ended else best
+        best = min(best, (spent + (1.0 - ended) * through) / gained) if gained else best
     return best
 
 
-def random_history(seed: int, longest: int, count: int) -> tuple[History, Seen]:
+def worths(history: History, seen: Seen, brevity: float) -> list[float]:
+    """Of an answer, by length: its seconds count once, its seconds per token `brevity` times, on
+    average over all answers."""
+    middles = [(a + b) / 2 for a, b in pairwise(history.edges)]
+    everybody = hazards(history, seen, "", 20)  # no such prompt was seen: as all together
+    far = outcomes(history, everybody, 0)
+    inverse = sum(chance / middle for (chance, _, _), middle in zip(far, middles, strict=True))
+    return [(1 + brevity / (inverse * middle)) / (1 + brevity) for middle in middles]
+
+
+def random_history(
+    seed: int, longest: int, count: int, brevity: float = 0.0
+) -> tuple[History, Seen]:
     rng = random.Random(seed)
-    history, seen = History(longest), []
+    history, seen = History(longest, brevity), []
     for _ in range(count):
         client, prompt = rng.choice(CLIENTS), rng.choice(PROMPTS)
         output = min(int(rng.expovariate(1 / (0.02 * prompt + 40))), longest)
@@ -109,9 +126,15 @@ def random_history(seed: int, longest: int, count: int) -> tuple[History, Seen]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([30, 400, 4096]), st.integers(0, 300))
-def test_tables_are_those_of_counting(seed, longest, count):
-    history, seen = random_history(seed, longest, count)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([30, 400, 4096]),
+    st.integers(0, 300),
+    st.sampled_from([0.0, 1.0, 5.0]),
+)
+def test_tables_are_those_of_counting(seed, longest, count, brevity):
+    history, seen = random_history(seed, longest, count, brevity)
+    worth = worths(history, seen, brevity)
     for client in CLIENTS:
         for prompt in PROMPTS:
             group = history.group(prompt, client)
@@ -121,7 +144,9 @@ def test_tables_are_those_of_counting(seed, longest, count):
                 assert left == pytest.approx(expected(history, chances, k))
                 # It stops looking where one in a hundred is left.
                 index = history.index_tokens(group, edge)
-                assert index == pytest.approx(gittins(history, chances, k), rel=0.02)
+                assert index == pytest.approx(gittins(history, chances, k, worth), rel=0.02)
+            new = history.new_index_tokens(group, 50.0)
+            assert new == pytest.approx(gittins(history, chances, 0, worth, 50.0), rel=0.02)
 
 
 def test_an_index_is_never_more_than_what_is_left():
@@ -129,6 +154,25 @@ def test_an_index_is_never_more_than_what_is_left():
     for output in range(0, 4096, 64):
         index, left = (f(3, output) for f in (history.index_tokens, history.left_tokens))
         assert index <= left * 1.01
+
+
+def test_brevity_lets_the_new_pass_who_have_outlived_their_chance_to_be_short():
+    """Outputs all as likely to end at any token: without it, age says nothing of what is best."""
+    plain, brief = History(2048), History(2048, brevity=1.0)
+    rng = random.Random(3)
+    for _ in range(3000):
+        output = int(rng.expovariate(1 / 200))
+        for history in (plain, brief):
+            history.record(history.group(100), output, ended=True)
+    group = plain.group(100)
+    ages = (0, 24, 100, 300)
+    plainly = [plain.index_tokens(group, age) for age in ages]
+    assert max(plainly) < 1.4 * min(plainly)
+    briefly = [brief.index_tokens(group, age) for age in ages]
+    assert briefly == sorted(briefly)
+    assert briefly[-1] > 2.5 * briefly[0]
+    # A long prompt before it takes the gain away again.
+    assert brief.new_index_tokens(group, 1000.0) > briefly[-1]
 
 
 def test_two_kinds_are_told_apart_as_they_age():
