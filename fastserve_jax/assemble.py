@@ -25,6 +25,7 @@ from fastserve_jax.core.scheduler import Limits, Scheduler
 from fastserve_jax.engine import Engine, StepRecord
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import State, abstract, fill, parameters
+from fastserve_jax.models.precision import Precision
 from fastserve_jax.runtime.calibrate import calibrate
 from fastserve_jax.runtime.compile import Compiled, compile_all, keep_compiled
 from fastserve_jax.runtime.host import empty_host_pages
@@ -112,8 +113,9 @@ def load(
     report.opened(files)
     config = files.config
     tokenizer = load_tokenizer(files.tokenizer_source)
-    dtype = jnp.float32 if settings.model.dtype == "f32" else jnp.bfloat16
-    graph, empty = abstract(config, dtype)
+    precision = _precision(files, settings.model.dtype)
+    dtype = precision.dtype
+    graph, empty = abstract(config, precision)
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(empty))
     limits, plan = _limits(config, settings, weight_bytes, dtype)
     report.memory(plan)
@@ -182,12 +184,20 @@ def _limits(
     return limits, plan
 
 
+def _precision(files: ModelFiles, asked: str) -> Precision:
+    """auto is int8 on a CPU, for models of which it was measured what that costs them."""
+    if asked == "f32":
+        return Precision(jnp.float32)
+    on_cpu = jax.devices()[0].platform == "cpu"
+    kept = files.int8_kept
+    is_int8 = asked == "int8" or (asked == "auto" and on_cpu and kept is not None)
+    return Precision(jnp.bfloat16, is_int8, kept or ())
+
+
 def _read(files: ModelFiles, empty: State, folder: Path, report: Report) -> State:
-    shapes = parameters(empty)
+    wanted = parameters(empty)
     arrays: dict[str, jax.Array] = {}
-    wanted = {name: tuple(struct.shape) for name, struct in shapes.items()}
-    dtype = next(iter(shapes.values())).dtype
-    for done, (name, array) in enumerate(parameters_as(files, wanted, dtype, folder), 1):
+    for done, (name, array) in enumerate(parameters_as(files, wanted, folder), 1):
         arrays[name] = jax.device_put(array)
         report.weights(done, len(wanted))
     return fill(empty, arrays)

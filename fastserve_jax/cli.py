@@ -35,7 +35,9 @@ Set = Annotated[
     Parameter(name="--set", negative=(), help="A setting, as section.name=value; may be repeated."),
 ]
 Config = Annotated[Path | None, Parameter(help="A TOML file of settings (see configs/serve/).")]
-Dtype = Annotated[str | None, Parameter(help="auto, bf16 or f32: of weights and KV pages.")]
+Dtype = Annotated[
+    str | None, Parameter(help="auto, bf16, int8 or f32: of weights; KV pages are bf16, or f32.")
+]
 
 
 def cache_folder() -> Path:

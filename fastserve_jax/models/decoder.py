@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 
 from pallas_kernels import KVLayout, ragged_paged_attention, row_of_token, write_kv
 
@@ -23,6 +22,7 @@ from .layers import (
     Embedding,
     LayerNorm,
     Linear,
+    Matrix,
     RMSNorm,
     Rotation,
     activate,
@@ -30,6 +30,7 @@ from .layers import (
     rotate,
     rotation,
 )
+from .precision import Precision
 
 type Array = jax.Array | np.ndarray
 type State = nnx.State[Any, Any]  # parameters by path
@@ -67,10 +68,13 @@ def place(batch: Batch, tokens: int, layout: KVLayout) -> Place:
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: ModelConfig, window: int, dtype: DTypeLike) -> None:
+    def __init__(self, config: ModelConfig, window: int, precision: Precision, name: str) -> None:
         heads, dim = config.num_heads + 2 * config.num_kv_heads, config.head_dim
-        self.qkv = Linear(heads * dim, config.hidden_size, dtype, config.qkv_bias)
-        self.out = Linear(config.hidden_size, config.num_heads * dim, dtype, config.linear_bias)
+        size, dtype = config.hidden_size, precision.dtype
+        qkv, out = (precision.of(f"{name}.{part}") for part in ("qkv", "out"))
+        self.qkv = Linear(heads * dim, size, qkv, dtype if config.qkv_bias else None)
+        bias = dtype if config.linear_bias else None
+        self.out = Linear(size, config.num_heads * dim, out, bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(dim, config.norm_eps, dtype)
             self.k_norm = RMSNorm(dim, config.norm_eps, dtype)
@@ -101,13 +105,14 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: ModelConfig, dtype: DTypeLike) -> None:
-        inner, size, bias = config.intermediate_size, config.hidden_size, config.linear_bias
+    def __init__(self, config: ModelConfig, precision: Precision, name: str) -> None:
+        inner, size = config.intermediate_size, config.hidden_size
+        bias = precision.dtype if config.linear_bias else None
         if config.gated_mlp:
-            self.gate_up = Linear(2 * inner, size, dtype, bias)
+            self.gate_up = Linear(2 * inner, size, precision.of(f"{name}.gate_up"), bias)
         else:
-            self.up = Linear(inner, size, dtype, bias)
-        self.down = Linear(size, inner, dtype, bias)
+            self.up = Linear(inner, size, precision.of(f"{name}.up"), bias)
+        self.down = Linear(size, inner, precision.of(f"{name}.down"), bias)
         self.activation, self.gated = config.activation, config.gated_mlp
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -118,11 +123,12 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: ModelConfig, window: int, dtype: DTypeLike) -> None:
+    def __init__(self, config: ModelConfig, window: int, precision: Precision, name: str) -> None:
         norm = LayerNorm if config.layer_norm else RMSNorm
-        size, eps = config.hidden_size, config.norm_eps
+        size, eps, dtype = config.hidden_size, config.norm_eps, precision.dtype
         self.attn_norm, self.mlp_norm = norm(size, eps, dtype), norm(size, eps, dtype)
-        self.attn, self.mlp = Attention(config, window, dtype), MLP(config, dtype)
+        self.attn = Attention(config, window, precision, f"{name}.attn")
+        self.mlp = MLP(config, precision, f"{name}.mlp")
         self.sandwich = config.sandwich_norms
         if self.sandwich:
             self.post_attn_norm, self.post_mlp_norm = (
@@ -142,18 +148,21 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
     """Tokens and pages in, hidden states and pages out; the head is apart, for chosen rows."""
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike) -> None:
-        size = config.hidden_size
-        self.embed = Embedding(config.vocab_size, size, dtype)
+    def __init__(self, config: ModelConfig, precision: Precision) -> None:
+        size, dtype = config.hidden_size, precision.dtype
+        self.embed = Embedding(config.vocab_size, size, precision.of("embed"))
         if config.learned_positions:
             self.positions = Embedding(config.max_context, size, dtype)
         self.layers = nnx.List(
-            [Layer(config, config.window(i), dtype) for i in range(config.num_layers)]
+            [
+                Layer(config, config.window(i), precision, f"layers.{i}")
+                for i in range(config.num_layers)
+            ]
         )
         norm = LayerNorm if config.layer_norm else RMSNorm
         self.final_norm = norm(size, config.norm_eps, dtype)
         if not config.tied_head:
-            self.head = Embedding(config.vocab_size, size, dtype)
+            self.head = Embedding(config.vocab_size, size, precision.of("head"))
         self.config, self.dtype = config, dtype
 
     def __call__(
@@ -200,9 +209,9 @@ def _run(
 _run_layer = jax.jit(_run, static_argnums=0)
 
 
-def abstract(config: ModelConfig, dtype: DTypeLike) -> tuple[nnx.GraphDef[Decoder], State]:
+def abstract(config: ModelConfig, precision: Precision) -> tuple[nnx.GraphDef[Decoder], State]:
     """The decoder's graph and its parameters as ShapeDtypeStructs; nothing is allocated."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, precision)))
     return graph, state
 
 
@@ -223,8 +232,8 @@ def fill(state: State, arrays: Mapping[str, jax.Array]) -> State:
     return nnx.from_flat_state(flat)
 
 
-def head_weight(config: ModelConfig, state: State) -> jax.Array:
+def head_of(config: ModelConfig, state: State) -> Matrix:
     """[vocab_size, hidden_size]; `layers.project` of hidden states with it gives logits."""
     embedding: Any = state["embed" if config.tied_head else "head"]
-    weight: jax.Array = embedding["weight"].get_value()
-    return weight
+    scale = embedding["scale"].get_value() if "scale" in embedding else None
+    return Matrix(embedding["weight"].get_value(), scale)

@@ -1,7 +1,8 @@
 """The parts of a decoder: linear maps, norms, rotary embedding. Arrays in, arrays out; no pages.
 
-Weights live in the model's dtype; sums, norms and activations are float32, cast where a matrix
-product begins. A linear weight is [out, in]: both operands are contracted along their last axis.
+Weights live in the model's dtype or in int8 with a scale per output; sums, norms and activations
+are float32, cast or quantised where a matrix product begins. A matrix is [out, in]: both operands
+are contracted along their last axis.
 """
 
 from __future__ import annotations
@@ -15,26 +16,66 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .config import RopeScaling
+from .spread import spreading
+
+
+class Matrix(NamedTuple):
+    """[out, in] of a float type, or int8 with `scale` [out] float32 and its input spread."""
+
+    weight: jax.Array
+    scale: jax.Array | None = None
 
 
 class Linear(nnx.Module):
     """y = x W^T + b, [..., in] -> [..., out] float32."""
 
-    def __init__(self, out: int, size: int, dtype: DTypeLike, bias: bool = False) -> None:
-        self.weight = nnx.Param(jnp.zeros((out, size), dtype))
-        self.bias = nnx.Param(jnp.zeros((out,), dtype)) if bias else None
+    def __init__(
+        self, out: int, size: int, dtype: DTypeLike, bias: DTypeLike | None = None
+    ) -> None:
+        self.weight, self.scale = _matrix(out, size, dtype)
+        self.bias = None if bias is None else nnx.Param(jnp.zeros((out,), bias))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = project(x, self.weight[...])
+        y = project(x, _held(self.weight, self.scale))
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
 
 
-def project(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., in] times weight [out, in] -> [..., out], summed in float32."""
+def project(x: jax.Array, matrix: Matrix) -> jax.Array:
+    """x [..., in] times [out, in] -> [..., out] float32."""
     axes = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(
-        x.astype(weight.dtype), weight, axes, preferred_element_type=jnp.float32
-    )
+    weight, scale = matrix
+    if scale is None:
+        return jax.lax.dot_general(
+            x.astype(weight.dtype), weight, axes, preferred_element_type=jnp.float32
+        )
+    rows, row_scale = quantise(spread(x))
+    sums = jax.lax.dot_general(rows, weight, axes, preferred_element_type=jnp.int32)
+    return sums.astype(jnp.float32) * row_scale * scale
+
+
+def spread(x: jax.Array) -> jax.Array:
+    """x [..., size], or what was spread back again; float32. See spread.py."""
+    turn = spreading(x.shape[-1])
+    x = x.astype(jnp.float32)
+    return (x.reshape(-1, len(turn)) @ turn).reshape(x.shape)
+
+
+def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each row of x [..., in] to int8, and its scale [..., 1] float32."""
+    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
+    inverse = jnp.where(scale > 0, 1 / scale, 0)
+    return jnp.round(x * inverse).astype(jnp.int8), scale
+
+
+def _matrix(
+    out: int, size: int, dtype: DTypeLike
+) -> tuple[nnx.Param[jax.Array], nnx.Param[jax.Array] | None]:
+    scale = nnx.Param(jnp.ones((out,), jnp.float32)) if dtype == jnp.int8 else None
+    return nnx.Param(jnp.zeros((out, size), dtype)), scale
+
+
+def _held(weight: nnx.Param[jax.Array], scale: nnx.Param[jax.Array] | None) -> Matrix:
+    return Matrix(weight[...], None if scale is None else scale[...])
 
 
 class RMSNorm(nnx.Module):
@@ -63,10 +104,11 @@ class LayerNorm(nnx.Module):
 
 class Embedding(nnx.Module):
     def __init__(self, count: int, size: int, dtype: DTypeLike) -> None:
-        self.weight = nnx.Param(jnp.zeros((count, size), dtype))
+        self.weight, self.scale = _matrix(count, size, dtype)
 
     def __call__(self, index: jax.Array) -> jax.Array:
-        return self.weight[...][index].astype(jnp.float32)
+        rows = self.weight[...][index].astype(jnp.float32)
+        return rows if self.scale is None else spread(rows * self.scale[...][index][:, None])
 
 
 def activate(kind: str, x: jax.Array) -> jax.Array:

@@ -27,7 +27,7 @@ from fastserve_jax.core.types import (
     Work,
 )
 from fastserve_jax.models.config import ModelConfig
-from fastserve_jax.models.decoder import Batch, State, head_weight
+from fastserve_jax.models.decoder import Batch, State, head_of
 
 from . import sampling
 from .host import HostTier
@@ -70,7 +70,7 @@ class DeviceRunner:
         self.shape = shape
         self._params, self._programs = params, programs
         self._config = config
-        self._head = head_weight(config, params)
+        self._head = head_of(config, params)
         self._kv_pages = kv_pages  # donated to every step
         self._host = None if host_pages is None else HostTier(host_pages, programs)
         self._state = sampling.empty_state(shape.max_slots, shape.max_context, config.vocab_size)
@@ -86,7 +86,7 @@ class DeviceRunner:
 
     @property
     def platform(self) -> str:
-        return str(next(iter(self._head.devices())).platform)
+        return str(next(iter(self._head.weight.devices())).platform)
 
     @property
     def page_bytes(self) -> int:

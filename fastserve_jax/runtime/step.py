@@ -28,8 +28,8 @@ from jax.typing import DTypeLike
 
 from fastserve_jax.core.types import MAX_TOP_LOGPROBS
 from fastserve_jax.models.config import ModelConfig
-from fastserve_jax.models.decoder import Batch, Decoder, State, head_weight, place
-from fastserve_jax.models.layers import project
+from fastserve_jax.models.decoder import Batch, Decoder, State, head_of, place
+from fastserve_jax.models.layers import Matrix, project
 from pallas_kernels import KVLayout
 
 from . import sampling
@@ -131,7 +131,7 @@ class Steps:
         return kv_pages, jnp.pad(hidden, ((0, spare), (0, 0)))
 
     def sample(
-        self, head: jax.Array, state: SlotState, hidden: jax.Array, rows: Rows
+        self, head: Matrix, state: SlotState, hidden: jax.Array, rows: Rows
     ) -> tuple[SlotState, Drawn]:
         slots, positions = jnp.asarray(rows.slots), jnp.asarray(rows.positions)
         drawn = sampling.draw(project(hidden[rows.hidden], head), state, slots, positions)
@@ -139,7 +139,7 @@ class Steps:
         return state._replace(history=history), drawn
 
     def score(
-        self, head: jax.Array, history: jax.Array, hidden: jax.Array, rows: Rows, count: jax.Array
+        self, head: Matrix, history: jax.Array, hidden: jax.Array, rows: Rows, count: jax.Array
     ) -> Scores:
         """The first `count` of `rows`, each row's `positions` naming the token it is scored on."""
         total = self.shape.step_tokens
@@ -173,7 +173,7 @@ def lowerings(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[tuple[s
     )
     kv_pages = [like(shape.layout(config).shape, dtype) for _ in range(config.num_layers)]
     hidden = like((shape.token_buckets[-1], config.hidden_size), dtype)
-    head = abstract(head_weight(config, params))
+    head = jax.tree.map(abstract, head_of(config, params))
     slots = shape.max_slots
     table = ints(slots, shape.pages_per_row)
     batch = Batch(ints(slots), ints(slots), table, ints(slots + 1), ints(2))

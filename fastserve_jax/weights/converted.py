@@ -1,6 +1,6 @@
 """Keeps a model's parameters as the device wants them, so that a second start converts nothing.
 
-One safetensors file per model and dtype, in the cache; written whole or not at all. It is only
+One safetensors file per model and precision, in the cache; written whole or not at all. It is only
 ever a copy: what cannot be read or written is done without.
 """
 
@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -19,58 +19,69 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .load import ModelFiles
+from .quantise import to_int8
 
 MOST_BYTES = 4 << 30  # larger models are converted at every start: the copy would lie twice in RAM
-_FORMAT = 1  # raise it when the meaning of a canonical name changes
+_FORMAT = 2  # raise it when the meaning of a canonical name or of a scale changes
+
+
+class Wanted(Protocol):
+    """What a parameter must be; an int8 `x.weight` has its `x.scale` beside it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> DTypeLike: ...
+
 
 type Parameter = tuple[str, NDArray[Any]]
+type Parameters = Mapping[str, Wanted]
 
 
-def parameters_as(
-    files: ModelFiles, shapes: Mapping[str, tuple[int, ...]], dtype: DTypeLike, folder: Path
-) -> Iterator[Parameter]:
-    """Every parameter of `shapes` by name, in `dtype`. Raises what `ModelFiles.tensors` does."""
-    kind = np.dtype(dtype)
-    total_bytes = kind.itemsize * sum(int(np.prod(shape)) for shape in shapes.values())
+def parameters_as(files: ModelFiles, wanted: Parameters, folder: Path) -> Iterator[Parameter]:
+    """Every parameter of `wanted` by name. Raises what `ModelFiles.tensors` does."""
+    total_bytes = sum(int(np.prod(w.shape)) * np.dtype(w.dtype).itemsize for w in wanted.values())
     if files.path.is_dir() or total_bytes > MOST_BYTES:
-        yield from _cast(files, shapes, kind)
+        yield from _cast(files, wanted)
         return
-    path = folder / f"{files.name}-{_key(files.path, shapes, kind)}.safetensors"
+    path = folder / f"{files.name}-{_key(files.path, wanted)}.safetensors"
     if path.exists():
         try:
-            kept = list(_read(path, shapes, kind))
+            kept = list(_read(path, wanted))
         except (OSError, SafetensorError, KeyError, ValueError):
             path.unlink(missing_ok=True)
         else:
             yield from kept
             return
     made: dict[str, NDArray[Any]] = {}
-    for name, array in _cast(files, shapes, kind):
+    for name, array in _cast(files, wanted):
         made[name] = array
         yield name, array
     _write(path, made)
 
 
-def _cast(
-    files: ModelFiles, shapes: Mapping[str, tuple[int, ...]], kind: np.dtype[Any]
-) -> Iterator[Parameter]:
-    for name, array in files.tensors(shapes):
+def _cast(files: ModelFiles, wanted: Parameters) -> Iterator[Parameter]:
+    stored = {name: w.shape for name, w in wanted.items() if not name.endswith(".scale")}
+    for name, array in files.tensors(stored):
+        kind = np.dtype(wanted[name].dtype)
+        if kind == np.int8:
+            array, scale = to_int8(array)
+            yield f"{name.removesuffix('.weight')}.scale", scale
         yield name, np.ascontiguousarray(array, kind)
 
 
-def _key(path: Path, shapes: Mapping[str, tuple[int, ...]], kind: np.dtype[Any]) -> str:
+def _key(path: Path, wanted: Parameters) -> str:
     status = path.stat()
-    facts = (_FORMAT, str(path), status.st_size, status.st_mtime_ns, kind.name, sorted(shapes))
+    kinds = sorted((name, np.dtype(w.dtype).name) for name, w in wanted.items())
+    facts = (_FORMAT, str(path), status.st_size, status.st_mtime_ns, kinds)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
 
 
-def _read(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], kind: np.dtype[Any]
-) -> Iterator[Parameter]:
+def _read(path: Path, wanted: Parameters) -> Iterator[Parameter]:
     with safe_open(path, framework="numpy") as file:
-        for name, shape in shapes.items():
+        for name, w in wanted.items():
             array = file.get_tensor(name)
-            if array.shape != shape or array.dtype != kind:
+            if array.shape != tuple(w.shape) or array.dtype != np.dtype(w.dtype):
                 raise ValueError(f"{name} is {array.dtype}{array.shape}")
             yield name, array
 

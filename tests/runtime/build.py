@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from fastserve_jax.models.decoder import abstract, fill, parameters
+from fastserve_jax.models.precision import Precision
 from fastserve_jax.runtime.compile import compile_all
 from fastserve_jax.runtime.host import empty_host_pages
 from fastserve_jax.runtime.runner import DeviceRunner
@@ -15,7 +16,7 @@ SHAPE = StepShape(max_slots=4, step_tokens=16, max_context=64, page_size=4, num_
 
 def build_runner(config, shape=SHAPE, dtype=jnp.float32, seed=0, edit=lambda arrays: None):
     """-> runner, float32 arrays by canonical name, after `edit` had its way with them."""
-    graph, empty = abstract(config, dtype)
+    graph, empty = abstract(config, Precision(dtype))
     shapes = {name: struct.shape for name, struct in parameters(empty).items()}
     arrays = random_parameters(shapes, seed)
     edit(arrays)

@@ -1,10 +1,13 @@
 """The converted copy: the same numbers, made once, and never trusted when it is not whole."""
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
 from fastserve_jax.models.decoder import abstract, parameters
+from fastserve_jax.models.layers import spread
+from fastserve_jax.models.precision import Precision
 from fastserve_jax.weights.converted import parameters_as
 from fastserve_jax.weights.load import open_gguf
 
@@ -14,13 +17,19 @@ BF16 = ml_dtypes.bfloat16
 @pytest.fixture
 def model(shared):
     files = open_gguf(shared("models/stories260K.gguf"), "stories")
-    _, empty = abstract(files.config, np.float32)
-    return files, {name: struct.shape for name, struct in parameters(empty).items()}
+    return files, wanted(files, Precision(BF16))
 
 
-def read(model, folder, dtype=BF16):
-    files, shapes = model
-    return dict(parameters_as(files, shapes, dtype, folder))
+def wanted(files, precision):
+    _, empty = abstract(files.config, precision)
+    return parameters(empty)
+
+
+def read(model, folder, precision=None):
+    files, structs = model
+    if precision is not None:
+        structs = wanted(files, precision)
+    return dict(parameters_as(files, structs, folder))
 
 
 def same(one, other):
@@ -37,8 +46,24 @@ def test_the_copy_holds_the_same_numbers(model, tmp_path, monkeypatch):
 
 def test_another_dtype_is_another_copy(model, tmp_path):
     read(model, tmp_path)
-    assert read(model, tmp_path, np.float32)["embed.weight"].dtype == np.float32
+    assert read(model, tmp_path, Precision(np.float32))["embed.weight"].dtype == np.float32
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_int8_with_a_scale_per_output(model, tmp_path):
+    whole = read(model, tmp_path, Precision(np.float32))
+    made = read(model, tmp_path, Precision(BF16, int8=True, kept=("layers.*.mlp.down",)))
+    assert same(
+        made, read(model, tmp_path, Precision(BF16, int8=True, kept=("layers.*.mlp.down",)))
+    )
+    assert len(list(tmp_path.iterdir())) == 2
+    assert made["layers.0.mlp.down.weight"].dtype == BF16
+    for name in ("embed", "layers.0.attn.qkv", "layers.4.mlp.gate_up"):
+        matrix, scale = made[f"{name}.weight"], made[f"{name}.scale"]
+        assert matrix.dtype == np.int8
+        assert np.abs(matrix).max(axis=1).tolist() == [127] * len(matrix)
+        exact = np.asarray(spread(jnp.asarray(whole[f"{name}.weight"])))
+        assert np.abs(matrix * scale[:, None] - exact).max(axis=1).max() <= 0.51 * scale.max()
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 64, None])
@@ -58,5 +83,5 @@ def test_a_folder_that_cannot_be_written_costs_nothing_else(model, tmp_path):
 
 
 def test_a_reader_that_stops_leaves_nothing(model, tmp_path):
-    next(parameters_as(*model, BF16, tmp_path))
+    next(parameters_as(*model, tmp_path))
     assert not list(tmp_path.iterdir())
