@@ -8,6 +8,7 @@ on its neighbours. Rare work (penalties, logprobs, exact cuts deep in the vocabu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from fastserve_jax.core.types import MAX_TOP_LOGPROBS, Admission
 
 MAX_BIASES = 352  # 300 of logit_bias, the rest stop ids held back by min_tokens
 CANDIDATES = 64  # a top_k or top_p cut within so many is found without a search
+_LANES = 512  # a row of logits is folded into so many
 _BLOCK = 512  # tokens per block of the two-level draw
 
 
@@ -110,28 +112,87 @@ def admit(state: SlotState, slot: jax.Array, row: tuple[jax.Array, ...]) -> Slot
     return SlotState(*(whole.at[slot].set(part) for whole, part in zip(state, row, strict=True)))
 
 
+class _Own(NamedTuple):
+    """What each row of a step asks for."""
+
+    state: SlotState  # of its slot; zeros for padding
+    biased: jax.Array  # [rows, MAX_BIASES] bool: biases in force
+    penalised: jax.Array  # [rows] bool
+    is_drawn: jax.Array  # [rows] bool: by chance, not the best
+
+
+def _own(state: SlotState, slots: jax.Array, positions: jax.Array, vocab: int) -> _Own:
+    real = slots < state.seed.shape[0]
+    rest = (array.at[slots].get(mode="fill", fill_value=0) for array in state[1:])
+    own = SlotState(state.history, *rest)
+    biased = (own.bias_ids < vocab) & (own.bias_until > positions[:, None])
+    penalised = (own.repetition != 1) | (own.presence != 0) | (own.frequency != 0)
+    return _Own(own, biased, penalised & real, own.temperature > 0)
+
+
+def draw_from(
+    logits: Callable[[], jax.Array],
+    vocab: int,
+    state: SlotState,
+    slots: jax.Array,
+    positions: jax.Array,
+) -> Drawn:
+    """`draw`, of logits that are made in the branch that needs them: where nobody asks for more
+    than the best token, they are never all in memory."""
+    own = _own(state, slots, positions, vocab)
+    asked = jnp.any(own.biased) | jnp.any(own.penalised)
+    asked |= jnp.any(own.is_drawn) | jnp.any(own.state.logprobs)
+    drawn: Drawn = lax.cond(
+        asked, lambda: draw(logits(), state, slots, positions), lambda: _plain(logits())
+    )
+    return drawn
+
+
 def draw(logits: jax.Array, state: SlotState, slots: jax.Array, positions: jax.Array) -> Drawn:
     """One token per row for `positions` [rows] (where it will stand), from logits [rows, vocab].
 
     `slots` [rows]; a slot out of range is padding: drawn greedily, and never used.
     """
-    real = slots < state.seed.shape[0]
-    rest = (array.at[slots].get(mode="fill", fill_value=0) for array in state[1:])
-    own = SlotState(state.history, *rest)
-    biased = (own.bias_ids < logits.shape[-1]) & (own.bias_until > positions[:, None])
-    penalised = (own.repetition != 1) | (own.presence != 0) | (own.frequency != 0)
-    penalised &= real
+    own, biased, penalised, is_drawn = _own(state, slots, positions, logits.shape[-1])
     shaped = lax.cond(jnp.any(biased), _bias, lambda x, *_: x, logits, own, biased)
     shaped = lax.cond(jnp.any(penalised), _penalise, lambda x, *_: x, shaped, own, slots, positions)
-    best = jnp.max(shaped, axis=-1, keepdims=True)
-    index = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    greedy = jnp.min(jnp.where(shaped == best, index, logits.shape[-1] - 1), axis=-1)
-    is_drawn = own.temperature > 0
+    best, greedy = _best(shaped)
     sampled = lax.cond(jnp.any(is_drawn), _sample, lambda *_: greedy, shaped, own, positions)
     tokens = jnp.where(is_drawn, sampled, greedy)
     scored = lax.cond(jnp.any(own.logprobs), score, _unscored, logits, tokens)
-    finite = jnp.isfinite(best[:, 0])  # a maximum passes NaN on
-    return Drawn(jnp.where(finite, tokens, -1), *scored)
+    return Drawn(jnp.where(jnp.isfinite(best), tokens, -1), *scored)
+
+
+def _plain(logits: jax.Array) -> Drawn:
+    best, tokens = _best(logits)
+    return Drawn(jnp.where(jnp.isfinite(best), tokens, -1), *_unscored(logits, tokens))
+
+
+def _best(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The highest of each row, NaN where there is one, and the first token that has it.
+
+    Folded into lanes: a maximum taken along the last axis is not vectorised on a CPU, and a
+    search of the one lane that has it reads little.
+    """
+    rows, vocab = logits.shape
+    lanes = math.gcd(vocab, _LANES)
+    folded = logits.reshape(rows, vocab // lanes, lanes)
+    by_lane = jnp.max(folded, axis=1)
+    best = jnp.max(by_lane, axis=1)
+    has_it = by_lane == best[:, None]
+    index = jnp.arange(vocab, dtype=jnp.int32).reshape(vocab // lanes, lanes)
+
+    def in_one_lane() -> jax.Array:
+        lane = jnp.argmax(has_it, axis=1)
+        column = jnp.take_along_axis(folded, lane[:, None, None], axis=2)[:, :, 0]
+        return jnp.argmax(column == best[:, None], axis=1).astype(jnp.int32) * lanes + lane
+
+    def anywhere() -> jax.Array:
+        return jnp.min(jnp.where(folded == best[:, None, None], index, vocab - 1), axis=(1, 2))
+
+    tied = jnp.any(jnp.sum(has_it, axis=1) != 1)
+    tokens: jax.Array = lax.cond(tied, anywhere, in_one_lane)
+    return best, tokens.astype(jnp.int32)
 
 
 def score(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -134,7 +134,13 @@ class Steps:
         self, head: Matrix, state: SlotState, hidden: jax.Array, rows: Rows
     ) -> tuple[SlotState, Drawn]:
         slots, positions = jnp.asarray(rows.slots), jnp.asarray(rows.positions)
-        drawn = sampling.draw(project(hidden[rows.hidden], head), state, slots, positions)
+        drawn = sampling.draw_from(
+            lambda: project(hidden[rows.hidden], head),
+            self.config.vocab_size,
+            state,
+            slots,
+            positions,
+        )
         history = state.history.at[slots, positions].set(drawn.tokens, mode="drop")
         return state._replace(history=history), drawn
 
