@@ -48,7 +48,8 @@ class Server:
         self._unseen = 0  # tokens of a request that /tokenize does not count
 
     async def __aenter__(self) -> Self:
-        connector = aiohttp.TCPConnector(limit=0)
+        # llama.cpp hangs up after a stream without saying so: nothing is sent on a used connection
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         self._session = aiohttp.ClientSession(timeout=self._timeout, connector=connector)
         try:
             if not self.model:

@@ -23,6 +23,7 @@ class Fake:
     spares: int = 0  # requests before it fails
     usage: bool = True
     asked: list[dict[str, Any]] = field(default_factory=list)
+    clients: list[object] = field(default_factory=list)  # the far end of each one's connection
     running: int = 0
     most_running: int = 0
 
@@ -46,6 +47,8 @@ class Fake:
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.asked.append(body)
+        assert request.transport is not None
+        self.clients.append(request.transport.get_extra_info("peername"))
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
