@@ -35,7 +35,7 @@ class Tuning:
     slice_share: float = 0.25  # of the slots, for first tokens
     small_backlog: float = 2.5  # mean service times; below, first tokens are promised
     slice_prompts: float = 0.06  # and while all prompts to come take less than so much of one
-    late_share: float = 0.375  # of the slots, for those who are late
+    late_share: float = 0.3125  # of the slots, for those who are late
     patience: float = 1.1  # late is later than so many times what fcfs would have taken
     fairness: float = 0.1  # seconds of work per second of the device beyond a fair part
     copy_share: float = 0.04  # of the time, for waiting on copies
