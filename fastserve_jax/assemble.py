@@ -25,9 +25,9 @@ from fastserve_jax.core.scheduler import Limits, Scheduler
 from fastserve_jax.engine import Engine, StepRecord
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import State, abstract, fill, parameters
-from fastserve_jax.runtime.calibrate import calibrate
 from fastserve_jax.runtime.compile import Compiled, compile_all, keep_compiled
 from fastserve_jax.runtime.host import empty_host_pages
+from fastserve_jax.runtime.measured import measured
 from fastserve_jax.runtime.memory import (
     MemoryPlan,
     free_host_memory,
@@ -148,7 +148,7 @@ def load(
         compile_s=compile_s,
         programs=len(programs),
         settings=settings,
-        cost=calibrate(runner),
+        cost=measured(runner, cache_dir / "measured", (files.name, config, jax.tree.leaves(empty))),
     )
 
 
