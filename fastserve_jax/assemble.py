@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -36,7 +37,8 @@ from fastserve_jax.runtime.memory import (
     plan_memory,
 )
 from fastserve_jax.runtime.runner import DeviceRunner
-from fastserve_jax.runtime.step import Steps, StepShape, empty_pages, lowerings
+from fastserve_jax.runtime.step import Steps, StepShape, empty_pages, programs
+from fastserve_jax.runtime.traced import lower_kept
 from fastserve_jax.text.chat import ChatTemplate
 from fastserve_jax.text.load import load_tokenizer
 from fastserve_jax.text.tokenizer import Tokenizer
@@ -132,10 +134,11 @@ def load(
         reading = pool.submit(_read, files, empty, cache_dir / "converted", report)
         paging = pool.submit(empty_pages, config, shape, dtype)
         hosting = pool.submit(empty_host_pages, shape.host_layout(config), dtype, jax.devices()[0])
-        jobs = lowerings(Steps(graph, config, shape), empty, dtype)
-        programs = compile_all(jobs, report.compiled)
+        jobs = programs(Steps(graph, config, shape), empty, dtype)
+        traced = partial(lower_kept, folder=cache_dir / "traced", facts=(config, shape))
+        compiled = compile_all(jobs, report.compiled, traced)
         params, kv_pages, host_pages = reading.result(), paging.result(), hosting.result()
-    runner = DeviceRunner(config, params, kv_pages, shape, programs, host_pages)
+    runner = DeviceRunner(config, params, kv_pages, shape, compiled, host_pages)
     compile_s = time.perf_counter() - began
     return Loaded(
         name=files.name,
@@ -146,7 +149,7 @@ def load(
         template=ChatTemplate(tokenizer),
         defaults=msgspec.convert(dict(files.sampling), Defaults, strict=False),
         compile_s=compile_s,
-        programs=len(programs),
+        programs=len(compiled),
         settings=settings,
         cost=measured(runner, cache_dir / "measured", (files.name, config, jax.tree.leaves(empty))),
     )
