@@ -113,7 +113,6 @@ def load(
     files = open_model(reference, cache_dir, report.pull)
     report.opened(files)
     config = files.config
-    tokenizer = load_tokenizer(files.tokenizer_source)
     dtype = jnp.float32 if settings.model.dtype == "f32" else jnp.bfloat16
     graph, empty = abstract(config, dtype)
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(empty))
@@ -129,14 +128,17 @@ def load(
     )
     keep_compiled(cache_dir / "compiled")
     began = time.perf_counter()
-    # Shapes are all that compiling needs: weights are read and pages are made beside it.
-    with ThreadPoolExecutor(3, thread_name_prefix="load") as pool:
+    # Shapes are all that compiling needs: the rest is made beside it.
+    with ThreadPoolExecutor(4, thread_name_prefix="load") as pool:
+        jobs = programs(Steps(graph, config, shape), empty, dtype)
+        traced = partial(lower_kept, folder=cache_dir / "traced", facts=(config, shape))
+        compiling = pool.submit(compile_all, jobs, report.compiled, traced)
         reading = pool.submit(_read, files, empty, cache_dir / "converted", report)
         paging = pool.submit(empty_pages, config, shape, dtype)
         hosting = pool.submit(empty_host_pages, shape.host_layout(config), dtype, jax.devices()[0])
-        jobs = programs(Steps(graph, config, shape), empty, dtype)
-        traced = partial(lower_kept, folder=cache_dir / "traced", facts=(config, shape))
-        compiled = compile_all(jobs, report.compiled, traced)
+        tokenizer = load_tokenizer(files.tokenizer_source)
+        template = ChatTemplate(tokenizer)
+        compiled = compiling.result()
         params, kv_pages, host_pages = reading.result(), paging.result(), hosting.result()
     runner = DeviceRunner(config, params, kv_pages, shape, compiled, host_pages)
     compile_s = time.perf_counter() - began
@@ -146,7 +148,7 @@ def load(
         limits=limits,
         runner=runner,
         tokenizer=tokenizer,
-        template=ChatTemplate(tokenizer),
+        template=template,
         defaults=msgspec.convert(dict(files.sampling), Defaults, strict=False),
         compile_s=compile_s,
         programs=len(compiled),
