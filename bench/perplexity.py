@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from cyclopts import run
 
-from fastserve_jax import assemble
+from fastserve_jax.assemble import Loaded, load_files
 from fastserve_jax.cli import cache_folder
 from fastserve_jax.config import load_settings
 from fastserve_jax.core.types import PromptEvent, Request, Sampling
@@ -29,7 +29,7 @@ from fastserve_jax.weights.load import open_model
 BATCH = 16  # windows at once
 
 
-def windows_of(loaded: assemble.Loaded, text: str, count: int, size: int) -> list[tuple[int, ...]]:
+def windows_of(loaded: Loaded, text: str, count: int, size: int) -> list[tuple[int, ...]]:
     tokens = loaded.tokenizer.encode_plain(text[: 12 * count * size])
     bos = loaded.tokenizer.encode("")
     body = size - len(bos)
@@ -37,7 +37,7 @@ def windows_of(loaded: assemble.Loaded, text: str, count: int, size: int) -> lis
     return [tuple(bos + part) for part in cut[:count]]
 
 
-async def losses(loaded: assemble.Loaded, windows: list[tuple[int, ...]]) -> list[float]:
+async def losses(loaded: Loaded, windows: list[tuple[int, ...]]) -> list[float]:
     """Of every window, its tokens' mean negative log-probability in nat."""
     gate = asyncio.Semaphore(BATCH)
     async with loaded.engine() as engine:
@@ -69,12 +69,11 @@ def main(
     first, said = 0.0, text.read_text(encoding="utf-8")
     opened = open_model(model, cache_folder())
     patterns = opened.int8_kept if kept is None else tuple(filter(None, kept.split(",")))
-    assemble.open_model = lambda *_: replace(opened, int8_kept=patterns)
     for dtype in dtypes.split(","):
         settings = load_settings(
             overrides=[f"model.dtype={dtype}", f"engine.max_context={size + 16}"]
         )
-        loaded = assemble.load(model, settings, cache_folder())
+        loaded = load_files(replace(opened, int8_kept=patterns), settings, cache_folder())
         with loaded.runner:
             began = time.perf_counter()
             found = asyncio.run(losses(loaded, windows_of(loaded, said, windows, size)))

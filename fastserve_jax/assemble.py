@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -26,9 +27,9 @@ from fastserve_jax.engine import Engine, StepRecord
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import State, abstract, fill, parameters
 from fastserve_jax.models.precision import Precision
-from fastserve_jax.runtime.calibrate import calibrate
 from fastserve_jax.runtime.compile import Compiled, compile_all, keep_compiled
 from fastserve_jax.runtime.host import empty_host_pages
+from fastserve_jax.runtime.measured import measured
 from fastserve_jax.runtime.memory import (
     MemoryPlan,
     free_host_memory,
@@ -37,7 +38,8 @@ from fastserve_jax.runtime.memory import (
     plan_memory,
 )
 from fastserve_jax.runtime.runner import DeviceRunner
-from fastserve_jax.runtime.step import Steps, StepShape, empty_pages, lowerings
+from fastserve_jax.runtime.step import Steps, StepShape, empty_pages, programs
+from fastserve_jax.runtime.traced import lower_kept
 from fastserve_jax.text.chat import ChatTemplate
 from fastserve_jax.text.load import load_tokenizer
 from fastserve_jax.text.tokenizer import Tokenizer
@@ -111,8 +113,15 @@ def load(
     make_policy(settings.engine.policy, Limits(), CostModel())
     files = open_model(reference, cache_dir, report.pull)
     report.opened(files)
+    return load_files(files, settings, cache_dir, report)
+
+
+def load_files(
+    files: ModelFiles, settings: Settings, cache_dir: Path, report: Report | None = None
+) -> Loaded:
+    """`load`, of a model that is here."""
+    report = report or Silent()
     config = files.config
-    tokenizer = load_tokenizer(files.tokenizer_source)
     precision = _precision(files, settings.model.dtype)
     dtype = precision.dtype
     graph, empty = abstract(config, precision)
@@ -129,15 +138,19 @@ def load(
     )
     keep_compiled(cache_dir / "compiled")
     began = time.perf_counter()
-    # Shapes are all that compiling needs: weights are read and pages are made beside it.
-    with ThreadPoolExecutor(3, thread_name_prefix="load") as pool:
+    # Shapes are all that compiling needs: the rest is made beside it.
+    with ThreadPoolExecutor(4, thread_name_prefix="load") as pool:
+        jobs = programs(Steps(graph, config, shape), empty, dtype)
+        traced = partial(lower_kept, folder=cache_dir / "traced", facts=(config, shape, precision))
+        compiling = pool.submit(compile_all, jobs, report.compiled, traced)
         reading = pool.submit(_read, files, empty, cache_dir / "converted", report)
         paging = pool.submit(empty_pages, config, shape, dtype)
         hosting = pool.submit(empty_host_pages, shape.host_layout(config), dtype, jax.devices()[0])
-        jobs = lowerings(Steps(graph, config, shape), empty, dtype)
-        programs = compile_all(jobs, report.compiled)
+        tokenizer = load_tokenizer(files.tokenizer_source)
+        template = ChatTemplate(tokenizer)
+        compiled = compiling.result()
         params, kv_pages, host_pages = reading.result(), paging.result(), hosting.result()
-    runner = DeviceRunner(config, params, kv_pages, shape, programs, host_pages)
+    runner = DeviceRunner(config, params, kv_pages, shape, compiled, host_pages)
     compile_s = time.perf_counter() - began
     return Loaded(
         name=files.name,
@@ -145,12 +158,12 @@ def load(
         limits=limits,
         runner=runner,
         tokenizer=tokenizer,
-        template=ChatTemplate(tokenizer),
+        template=template,
         defaults=msgspec.convert(dict(files.sampling), Defaults, strict=False),
         compile_s=compile_s,
-        programs=len(programs),
+        programs=len(compiled),
         settings=settings,
-        cost=calibrate(runner),
+        cost=measured(runner, cache_dir / "measured", (files.name, config, jax.tree.leaves(empty))),
     )
 
 

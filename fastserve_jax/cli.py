@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 import time
@@ -82,6 +83,7 @@ def serve(
     max_slots
         Requests that run together in one step.
     """
+    gc.disable()  # until it is ready: little of what loading makes is garbage
     from fastserve_jax.serve import serve_model
 
     key = api_key or os.environ.get("FASTSERVE_API_KEY")

@@ -6,6 +6,7 @@ While loading, /health answers and /ready and all work get 503. Joins server, en
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
 import time
@@ -55,6 +56,8 @@ async def serve_model(
             metrics.observe(_device_numbers(loaded, counter, time.perf_counter() - began))
             async with loaded.engine(metrics.step) as engine:
                 metrics.watch_engine(engine.stats, loaded.limits.page_size)
+                gc.freeze()  # what was loaded stays: no collection need look at it
+                gc.enable()
                 state.ready(_served(loaded, engine))
                 address = await url
                 console.print(

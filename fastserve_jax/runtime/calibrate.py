@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from statistics import median
 from typing import Protocol
 
@@ -66,6 +67,12 @@ def calibrate(
         out_s, in_s = (median(seconds(way) for _ in range(_COPIES)) / pages for way in ways)
         model = replace(model, page_out_s=out_s, page_in_s=in_s)
     return model
+
+
+def first_steps(runner: Runner, count: int = 2) -> Iterator[Plan]:
+    """Those that tell most, to be run as they come: slots are taken for them."""
+    runner.run(Plan(0, _everybody(runner.shape), ()))
+    yield from islice(_steps(runner.shape), count)
 
 
 def _everybody(shape: StepShape) -> tuple[Admission, ...]:

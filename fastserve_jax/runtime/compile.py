@@ -16,7 +16,7 @@ from typing import Self
 import jax
 from jax import monitoring
 
-from .shapes import Lower
+from .shapes import Program
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
@@ -45,30 +45,31 @@ def keep_compiled(folder: Path) -> None:
 
 
 def compile_all(
-    lowerings: Iterable[tuple[str, Lower]],
+    programs: Iterable[Program],
     progress: Callable[[Compiled], None] = lambda _: None,
+    lower: Callable[[Program], jax.stages.Lowered] = Program.lower,
     threads: int = 2,
 ) -> dict[str, jax.stages.Compiled]:
     """name -> program. Tracing holds the interpreter, so it is done here, one after the other;
     compiling does not, and goes on beside it."""
-    jobs = list(lowerings)
+    jobs = list(programs)
     lock = threading.Lock()
-    programs: dict[str, jax.stages.Compiled] = {}
+    compiled: dict[str, jax.stages.Compiled] = {}
 
     def build(name: str, lowered: jax.stages.Lowered) -> None:
         began = time.perf_counter()
         with CompileCounter(own_thread=True) as counter:
             program = lowered.compile()
         with lock:
-            programs[name] = program
+            compiled[name] = program
             elapsed_s = time.perf_counter() - began
-            progress(Compiled(name, len(programs), len(jobs), counter.cache_hits > 0, elapsed_s))
+            progress(Compiled(name, len(compiled), len(jobs), counter.cache_hits > 0, elapsed_s))
 
     with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
-        pending = [pool.submit(build, name, lower()) for name, lower in jobs]
+        pending = [pool.submit(build, job.name, lower(job)) for job in jobs]
         for done in pending:
             done.result()
-    return programs
+    return compiled
 
 
 class CompileCounter:

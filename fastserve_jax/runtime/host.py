@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -26,7 +25,7 @@ from jax.typing import DTypeLike
 
 from fastserve_jax.core.types import Copies
 
-from .shapes import Lower, ints, like
+from .shapes import Program, ints, like
 
 SIZES = (4, 16)  # pages of one call; a call itself costs as much as three pages
 _LANES = 128
@@ -151,23 +150,23 @@ def _put(pool: jax.Array, page: jax.Array, number: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice(pool, page, (number, 0, 0))
 
 
-def swap_lowerings(
+def swap_programs(
     layout: HostLayout, kv_pages: list[jax.Array], device: jax.Device
-) -> Iterator[tuple[str, Lower]]:
-    """Both ways in every size, by name, with what traces it; none where there are no host pages."""
+) -> Iterator[Program]:
+    """Both ways in every size; none where there are no host pages."""
     if not layout.num_pages:
         return
     there, here = _in_host_memory(device), SingleDeviceSharding(device)
     host_pages = like(layout.shape, kv_pages[0].dtype, there)
     swaps = Swaps(on_cpu=device.platform == "cpu")
-    swap_out = jax.jit(swaps.swap_out, donate_argnums=0, out_shardings=(there, here))
-    swap_in = jax.jit(swaps.swap_in, donate_argnums=0, out_shardings=here)
     for size in reversed(SIZES):
         moves = Moves(ints(size), ints(size), ints())
         # A CPU's loop ends where the copies do: its largest program serves any number.
         if size == SIZES[-1] or not swaps.on_cpu:
-            yield f"swap_in[{size}]", partial(swap_in.lower, kv_pages, host_pages, moves)
-        yield f"swap_out[{size}]", partial(swap_out.lower, host_pages, kv_pages, moves)
+            given = (kv_pages, host_pages, moves)
+            yield Program(f"swap_in[{size}]", swaps.swap_in, given, (0,), placed=here)
+        out = (host_pages, kv_pages, moves)
+        yield Program(f"swap_out[{size}]", swaps.swap_out, out, (0,), placed=(there, here))
 
 
 class HostTier:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,7 +11,21 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-type Lower = Callable[[], jax.stages.Lowered]  # traces one program
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One to be compiled: a pure function, and the shapes of its arguments."""
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    donated: tuple[int, ...] = ()  # the arguments that become results in place
+    placed: Any = None  # shardings of the results, where the memory of one is not the device's
+
+    def lower(self) -> jax.stages.Lowered:
+        """Traces it."""
+        jitted = jax.jit(self.function, donate_argnums=self.donated, out_shardings=self.placed)
+        return jitted.lower(*self.args)
 
 
 def like(shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding | None = None) -> Any:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
+from jax import export, lax
 from jax.typing import DTypeLike
 
 from fastserve_jax.core.types import MAX_TOP_LOGPROBS
@@ -33,9 +33,9 @@ from fastserve_jax.models.layers import Matrix, project
 from pallas_kernels import KVLayout
 
 from . import sampling
-from .host import HostLayout, swap_lowerings
+from .host import HostLayout, swap_programs
 from .sampling import Drawn, SlotState
-from .shapes import Lower, abstract, ints, like
+from .shapes import Program, abstract, ints, like
 
 SMALLEST_BUCKET = 4  # XLA:CPU multiplies one row 10 times slower than four
 SCORE_ROWS = 32  # rows of logits held at once while scoring a prompt
@@ -107,6 +107,12 @@ class Scores(NamedTuple):
     top_logprobs: jax.Array  # [rows, MAX_TOP_LOGPROBS] float32
 
 
+for _kind in (SlotState, Drawn, Scores):  # what comes out of programs that are kept
+    export.register_namedtuple_serialization(
+        _kind, serialized_name=f"fastserve_jax.{_kind.__name__}"
+    )
+
+
 @dataclass(frozen=True)
 class Steps:
     """The four functions of one model, to be compiled; pure but for what is donated."""
@@ -168,8 +174,8 @@ class Steps:
         return scores
 
 
-def lowerings(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[tuple[str, Lower]]:
-    """Every program by name, with what traces it; those that compile longest first.
+def programs(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[Program]:
+    """Every one; those that compile longest first.
 
     Of `params` only shapes are read.
     """
@@ -184,20 +190,18 @@ def lowerings(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[tuple[s
     table = ints(slots, shape.pages_per_row)
     batch = Batch(ints(slots), ints(slots), table, ints(slots + 1), ints(2))
     params = jax.tree.map(abstract, params)
-    forward = jax.jit(steps.forward, static_argnums=4, donate_argnums=1)
     for tokens in reversed(shape.token_buckets):
-        given = (params, kv_pages, state.history, batch, tokens)
-        yield f"forward[{tokens}]", partial(forward.lower, *given)
+        forward = partial(steps.forward, tokens=tokens)
+        given = (params, kv_pages, state.history, batch)
+        yield Program(f"forward[{tokens}]", forward, given, donated=(1,))
 
-    sample = jax.jit(steps.sample, donate_argnums=1)
     for count in shape.row_buckets:
         rows = Rows(ints(count), ints(count), ints(count))
-        yield f"sample[{count}]", partial(sample.lower, head, state, hidden, rows)
+        drawn_from = (head, state, hidden, rows)
+        yield Program(f"sample[{count}]", steps.sample, drawn_from, donated=(1,))
 
     rows = Rows(*[ints(shape.step_tokens)] * 3)
-    score = jax.jit(steps.score)
-    yield "score", partial(score.lower, head, state.history, hidden, rows, ints())
+    yield Program("score", steps.score, (head, state.history, hidden, rows, ints()))
     slot_row = tuple(like(x.shape[1:], x.dtype) for x in state)
-    admit = jax.jit(sampling.admit, donate_argnums=0)
-    yield "admit", partial(admit.lower, state, ints(), slot_row)
-    yield from swap_lowerings(shape.host_layout(config), kv_pages, jax.devices()[0])
+    yield Program("admit", sampling.admit, (state, ints(), slot_row), donated=(0,))
+    yield from swap_programs(shape.host_layout(config), kv_pages, jax.devices()[0])

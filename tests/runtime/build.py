@@ -8,20 +8,23 @@ from fastserve_jax.models.precision import Precision
 from fastserve_jax.runtime.compile import compile_all
 from fastserve_jax.runtime.host import empty_host_pages
 from fastserve_jax.runtime.runner import DeviceRunner
-from fastserve_jax.runtime.step import Steps, StepShape, empty_pages, lowerings
+from fastserve_jax.runtime.shapes import Program
+from fastserve_jax.runtime.step import Steps, StepShape, empty_pages, programs
 from tests.models.oracle import random_parameters
 
 SHAPE = StepShape(max_slots=4, step_tokens=16, max_context=64, page_size=4, num_pages=48)
 
 
-def build_runner(config, shape=SHAPE, dtype=jnp.float32, seed=0, edit=lambda arrays: None):
+def build_runner(
+    config, shape=SHAPE, dtype=jnp.float32, seed=0, edit=lambda arrays: None, lower=Program.lower
+):
     """-> runner, float32 arrays by canonical name, after `edit` had its way with them."""
     graph, empty = abstract(config, Precision(dtype))
     shapes = {name: struct.shape for name, struct in parameters(empty).items()}
     arrays = random_parameters(shapes, seed)
     edit(arrays)
     params = fill(empty, {name: jnp.asarray(array, dtype) for name, array in arrays.items()})
-    programs = compile_all(lowerings(Steps(graph, config, shape), params, dtype))
+    compiled = compile_all(programs(Steps(graph, config, shape), params, dtype), lower=lower)
     kv_pages = empty_pages(config, shape, dtype)
     host_pages = empty_host_pages(shape.host_layout(config), dtype, jax.devices()[0])
-    return DeviceRunner(config, params, kv_pages, shape, programs, host_pages), arrays
+    return DeviceRunner(config, params, kv_pages, shape, compiled, host_pages), arrays
