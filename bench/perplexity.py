@@ -5,26 +5,25 @@
 The text is cut into windows of so many tokens, each behind the model's own first token where it
 has one; every token but a window's first is predicted from those before it. Prints perplexity by
 dtype, and each dtype's over the first's. `--kept` are matrices that stay in bf16, by commas, where
-* stands for anything (layers.*.mlp.down); without it those that the catalogue names.
+* stands for anything (layers.*.mlp.down).
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from cyclopts import run
 
-from fastserve_jax.assemble import Loaded, load_files
+from fastserve_jax.assemble import Loaded, load
 from fastserve_jax.cli import cache_folder
 from fastserve_jax.config import load_settings
 from fastserve_jax.core.types import PromptEvent, Request, Sampling
-from fastserve_jax.weights.load import open_model
 
 BATCH = 16  # windows at once
 
@@ -62,18 +61,21 @@ def main(
     /,
     *,
     dtypes: str = "bf16,int8",
-    kept: str | None = None,
+    kept: str = "",
     windows: int = 64,
     size: int = 512,
 ) -> None:
     first, said = 0.0, text.read_text(encoding="utf-8")
-    opened = open_model(model, cache_folder())
-    patterns = opened.int8_kept if kept is None else tuple(filter(None, kept.split(",")))
+    keep = json.dumps(kept.split(",") if kept else [])
     for dtype in dtypes.split(","):
         settings = load_settings(
-            overrides=[f"model.dtype={dtype}", f"engine.max_context={size + 16}"]
+            overrides=[
+                f"model.dtype={dtype}",
+                f"model.int8_keep={keep}",
+                f"engine.max_context={size + 16}",
+            ]
         )
-        loaded = load_files(replace(opened, int8_kept=patterns), settings, cache_folder())
+        loaded = load(model, settings, cache_folder())
         with loaded.runner:
             began = time.perf_counter()
             found = asyncio.run(losses(loaded, windows_of(loaded, said, windows, size)))

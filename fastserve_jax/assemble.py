@@ -19,7 +19,7 @@ import msgspec
 from jax.typing import DTypeLike
 
 from fastserve_jax.api.sampling import Defaults
-from fastserve_jax.config import Settings
+from fastserve_jax.config import ModelSettings, Settings
 from fastserve_jax.core.cost import CostModel
 from fastserve_jax.core.policy import make_policy
 from fastserve_jax.core.scheduler import Limits, Scheduler
@@ -113,16 +113,8 @@ def load(
     make_policy(settings.engine.policy, Limits(), CostModel())
     files = open_model(reference, cache_dir, report.pull)
     report.opened(files)
-    return load_files(files, settings, cache_dir, report)
-
-
-def load_files(
-    files: ModelFiles, settings: Settings, cache_dir: Path, report: Report | None = None
-) -> Loaded:
-    """`load`, of a model that is here."""
-    report = report or Silent()
     config = files.config
-    precision = _precision(files, settings.model.dtype)
+    precision = _precision(settings.model)
     dtype = precision.dtype
     graph, empty = abstract(config, precision)
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(empty))
@@ -197,14 +189,9 @@ def _limits(
     return limits, plan
 
 
-def _precision(files: ModelFiles, asked: str) -> Precision:
-    """auto is int8 on a CPU, for models of which it was measured what that costs them."""
-    if asked == "f32":
-        return Precision(jnp.float32)
-    on_cpu = jax.devices()[0].platform == "cpu"
-    kept = files.int8_kept
-    is_int8 = asked == "int8" or (asked == "auto" and on_cpu and kept is not None)
-    return Precision(jnp.bfloat16, is_int8, kept or ())
+def _precision(settings: ModelSettings) -> Precision:
+    dtype = jnp.float32 if settings.dtype == "f32" else jnp.bfloat16
+    return Precision(dtype, settings.dtype == "int8", settings.int8_keep)
 
 
 def _read(files: ModelFiles, empty: State, folder: Path, report: Report) -> State:

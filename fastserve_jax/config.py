@@ -23,7 +23,8 @@ DTYPES = ("auto", "bf16", "int8", "f32")
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    dtype: str = "auto"  # of weights; auto: bf16, or int8 on a CPU where it is known to do no harm
+    dtype: str = "auto"  # of weights; auto is bf16. KV pages are bf16, or f32 with f32
+    int8_keep: tuple[str, ...] = ()  # matrices that stay bf16 in int8: "layers.*.mlp.down"
 
 
 @dataclass(frozen=True, slots=True)

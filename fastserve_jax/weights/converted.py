@@ -22,7 +22,7 @@ from .load import ModelFiles
 from .quantise import to_int8
 
 MOST_BYTES = 4 << 30  # larger models are converted at every start: the copy would lie twice in RAM
-_FORMAT = 2  # raise it when the meaning of a canonical name or of a scale changes
+_FORMAT = 3  # raise it when the meaning of a canonical name or of a scale changes
 
 
 class Wanted(Protocol):

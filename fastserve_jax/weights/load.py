@@ -47,8 +47,7 @@ class ModelFiles:
 
     `tokenizer_source` is the GGUF's tokenizer.* metadata, or the folder. `sampling` is what the
     model's makers advise where a request leaves temperature, top_p, top_k, min_p or
-    repetition_penalty out. `int8_kept` names the matrices that lose too much in int8 (see
-    Precision); None where that was not measured.
+    repetition_penalty out.
     """
 
     name: str
@@ -60,7 +59,6 @@ class ModelFiles:
     sampling: Mapping[str, float]
     _source: TensorSource = field(repr=False)
     _names: Names = field(repr=False)
-    int8_kept: tuple[str, ...] | None = None
 
     def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, NDArray[Any]]]:
         """Yields every parameter of `shapes` by name: float32, or float16/bfloat16 as stored.
@@ -157,7 +155,6 @@ def open_model(reference: str, cache_dir: Path, progress: Progress = silent) -> 
             licence=entry.licence,
             notice=entry.notice,
             sampling=entry.sampling,
-            int8_kept=entry.int8_kept,
             tokenizer_source={**model.tokenizer_source, **template},
         )
     if reference.startswith("hf:"):
