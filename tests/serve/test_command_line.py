@@ -34,7 +34,7 @@ def fastserve(*words, cache=None, **options):
         (("serve", "--set", "engine.max_slot=2"), "did you mean engine.max_slots"),
         (("serve", "--config", "/no/such.toml"), "/no/such.toml"),
         (("serve", "--policy", "best"), "fcfs, mlfq"),
-        (("serve", "--dtype", "fp4"), "auto, bf16, f32"),
+        (("serve", "--dtype", "fp4"), "auto, bf16, int8, f32"),
         (("pull", "nothing-like-it"), "the catalogue has"),
     ],
 )

@@ -66,7 +66,12 @@ async def test_the_streaming_helper_accumulates():
 async def test_completions_with_echo_and_logprobs():
     async with kit(CONFIG) as server, client(server.url) as ai:
         answer = await ai.completions.create(
-            model=MODEL, prompt=token_ids("hello"), max_tokens=1, echo=True, logprobs=1
+            model=MODEL,
+            prompt=token_ids("hello"),
+            max_tokens=1,
+            echo=True,
+            logprobs=1,
+            extra_body={"ignore_eos": True},
         )
     logprobs = answer.choices[0].logprobs
     assert logprobs.token_logprobs[0] is None
