@@ -34,7 +34,7 @@ class Tuning:
     keep: float = 0.6  # work begun counts so much: no change of mind for little
     slice_share: float = 0.25  # of the slots, for first tokens
     small_backlog: float = 2.5  # mean service times; below, first tokens are promised
-    slice_prompts: float = 0.06  # and while all prompts to come take less than so much of one
+    slice_prompts: float = 0.05  # and while all prompts to come take less than so much of one
     late_share: float = 0.3125  # of the slots, for those who are late
     patience: float = 1.1  # late is later than so many times what fcfs would have taken
     fairness: float = 0.1  # seconds of work per second of the device beyond a fair part

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels import KVLayout, ragged_paged_attention, row_of_token, write_kv
+from pallas_kernels import KVLayout, cpu, ragged_paged_attention, row_of_token, write_kv
 
 from .config import ModelConfig
 from .layers import (
@@ -23,9 +23,11 @@ from .layers import (
     LayerNorm,
     Linear,
     Matrix,
+    Norm,
     RMSNorm,
     Rotation,
     activate,
+    for_kernel,
     rope_frequencies,
     rotate,
     rotation,
@@ -53,6 +55,7 @@ class Place(NamedTuple):
     positions: jax.Array  # [tokens]
     pages: jax.Array  # [tokens]; out of range for padding, which write_kv drops
     offsets: jax.Array  # [tokens]
+    live: jax.Array  # how many tokens are not padding
 
 
 def place(batch: Batch, tokens: int, layout: KVLayout) -> Place:
@@ -64,7 +67,8 @@ def place(batch: Batch, tokens: int, layout: KVLayout) -> Place:
     positions = jnp.where(real, kv_lens[rows] - cu_q_lens[rows + 1] + at, 0)
     pages = jnp.asarray(batch.page_table)[rows, positions // layout.page_size]
     pages = jnp.where(real, pages, layout.num_pages)
-    return Place(rows, positions, pages, positions % layout.page_size)
+    live = cu_q_lens[jnp.asarray(batch.distribution)[1]]
+    return Place(rows, positions, pages, positions % layout.page_size, live)
 
 
 class Attention(nnx.Module):
@@ -81,10 +85,37 @@ class Attention(nnx.Module):
         self.config, self.window, self.dtype = config, window, dtype
 
     def __call__(
-        self, x: jax.Array, kv_pages: jax.Array, batch: Batch, at: Place, turn: Rotation | None
+        self,
+        x: jax.Array,
+        kv_pages: jax.Array,
+        batch: Batch,
+        at: Place,
+        turn: Rotation | None,
+        norm: Norm,
+        post_norm: Norm | None,
     ) -> tuple[jax.Array, jax.Array]:
-        config, dim = self.config, self.config.head_dim
-        heads = self.qkv(x).reshape(x.shape[0], -1, dim)
+        """x + post_norm(attention of norm(x)), and the pages with the new keys and values."""
+        heads = self.qkv(x, at.live, norm=norm).reshape(x.shape[0], -1, self.config.head_dim)
+        mixed, kv_pages = self._mix(heads, kv_pages, batch, at, turn)
+        return self.out(mixed, at.live, add=x, add_norm=post_norm), kv_pages
+
+    def _mix(
+        self, heads: jax.Array, kv_pages: jax.Array, batch: Batch, at: Place, turn: Rotation | None
+    ) -> tuple[jax.Array, jax.Array]:
+        config, dim, rows = self.config, self.config.head_dim, map(jnp.asarray, batch[1:])
+        scale = dim**-0.5 if config.attention_scale is None else config.attention_scale
+        if cpu.runs() and cpu.fits(dim, kv_pages.dtype):
+            norms = (self.q_norm, self.k_norm) if config.qk_norm else (None, None)
+            return cpu.paged_attention(
+                heads,
+                kv_pages,
+                *rows,
+                scale=scale,
+                window=self.window,
+                turn=turn,
+                q_norm=for_kernel(norms[0]),
+                k_norm=for_kernel(norms[1]),
+            )
         q, k, v = jnp.split(
             heads, [config.num_heads, config.num_heads + config.num_kv_heads], axis=1
         )
@@ -93,15 +124,10 @@ class Attention(nnx.Module):
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
         kv_pages = write_kv(kv_pages, k, v, at.pages, at.offsets)
-        scale = config.attention_scale
         mixed = ragged_paged_attention(
-            q.astype(self.dtype),
-            kv_pages,
-            *map(jnp.asarray, batch[1:]),
-            scale=dim**-0.5 if scale is None else scale,
-            window=self.window,
+            q.astype(self.dtype), kv_pages, *rows, scale=scale, window=self.window
         )
-        return self.out(mixed.reshape(x.shape[0], -1)), kv_pages
+        return mixed.reshape(len(heads), -1), kv_pages
 
 
 class MLP(nnx.Module):
@@ -115,11 +141,15 @@ class MLP(nnx.Module):
         self.down = Linear(size, inner, precision.of(f"{name}.down"), bias)
         self.activation, self.gated = config.activation, config.gated_mlp
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if not self.gated:
-            return self.down(activate(self.activation, self.up(x)))
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(activate(self.activation, gate) * up)
+    def __call__(
+        self, x: jax.Array, live: jax.Array, norm: Norm, post_norm: Norm | None
+    ) -> jax.Array:
+        """x + post_norm(MLP of norm(x))."""
+        if self.gated:
+            inner = self.gate_up(x, live, norm=norm)
+            return self.down(inner, live, gate=self.activation, add=x, add_norm=post_norm)
+        inner = activate(self.activation, self.up(x, live, norm=norm))
+        return self.down(inner, live, add=x, add_norm=post_norm)
 
 
 class Layer(nnx.Module):
@@ -139,10 +169,9 @@ class Layer(nnx.Module):
     def __call__(
         self, x: jax.Array, kv_pages: jax.Array, batch: Batch, at: Place, turn: Rotation | None
     ) -> tuple[jax.Array, jax.Array]:
-        y, kv_pages = self.attn(self.attn_norm(x), kv_pages, batch, at, turn)
-        x = x + (self.post_attn_norm(y) if self.sandwich else y)
-        y = self.mlp(self.mlp_norm(x))
-        return x + (self.post_mlp_norm(y) if self.sandwich else y), kv_pages
+        post = (self.post_attn_norm, self.post_mlp_norm) if self.sandwich else (None, None)
+        x, kv_pages = self.attn(x, kv_pages, batch, at, turn, self.attn_norm, post[0])
+        return self.mlp(x, at.live, self.mlp_norm, post[1]), kv_pages
 
 
 class Decoder(nnx.Module):

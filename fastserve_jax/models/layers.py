@@ -2,7 +2,8 @@
 
 Weights live in the model's dtype or in int8 with a scale per output; sums, norms and activations
 are float32, cast or quantised where a matrix product begins. A matrix is [out, in]: both operands
-are contracted along their last axis.
+are contracted along their last axis. Where the CPU has kernels for int8, a product is one call with
+all that stands around it, and rows of padding, from `live` on, are not computed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+
+from pallas_kernels import cpu
 
 from .config import RopeScaling
 from .spread import spreading
@@ -35,22 +38,55 @@ class Linear(nnx.Module):
         self.weight, self.scale = _matrix(out, size, dtype)
         self.bias = None if bias is None else nnx.Param(jnp.zeros((out,), bias))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = project(x, _held(self.weight, self.scale))
-        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+    def __call__(
+        self,
+        x: jax.Array,
+        live: jax.Array,
+        *,
+        norm: Norm | None = None,
+        gate: str | None = None,
+        add: jax.Array | None = None,
+        add_norm: Norm | None = None,
+    ) -> jax.Array:
+        """x [rows, in] goes through `norm`, or is [rows, 2 in] and gated with the activation
+        `gate`; then the map, then `add_norm`, and `add` [rows, out] is added."""
+        weight, scale = matrix = _held(self.weight, self.scale)
+        other = self.bias is not None or any(isinstance(n, LayerNorm) for n in (norm, add_norm))
+        if scale is not None and cpu.runs() and not other:
+            norms = {"norm": for_kernel(norm), "add_norm": for_kernel(add_norm)}
+            return cpu.int8_matmul(x, weight, scale, live, gate=gate, add=add, **norms)
+        x = x if norm is None else norm(x)
+        if gate is not None:
+            left, right = jnp.split(x, 2, axis=-1)
+            x = activate(gate, left) * right
+        y = project(x, matrix, live)
+        y = y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+        y = y if add_norm is None else add_norm(y)
+        return y if add is None else add + y
 
 
-def project(x: jax.Array, matrix: Matrix) -> jax.Array:
-    """x [..., in] times [out, in] -> [..., out] float32."""
+def project(x: jax.Array, matrix: Matrix, live: jax.Array | int) -> jax.Array:
+    """x [rows, in] times [out, in] -> [rows, out] float32."""
     axes = (((x.ndim - 1,), (1,)), ((), ()))
     weight, scale = matrix
     if scale is None:
         return jax.lax.dot_general(
             x.astype(weight.dtype), weight, axes, preferred_element_type=jnp.float32
         )
+    if cpu.runs():
+        return cpu.int8_matmul(x, weight, scale, jnp.int32(live))
     rows, row_scale = quantise(spread(x))
     sums = jax.lax.dot_general(rows, weight, axes, preferred_element_type=jnp.int32)
     return sums.astype(jnp.float32) * row_scale * scale
+
+
+def best_output(
+    x: jax.Array, matrix: Matrix, live: jax.Array
+) -> tuple[jax.Array, jax.Array] | None:
+    """The highest of each row of `project`, NaN where there is one, and the first output that has
+    it, without the product in memory; None where that cannot be had."""
+    weight, scale = matrix
+    return cpu.int8_best(x, weight, scale, live) if scale is not None and cpu.runs() else None
 
 
 def spread(x: jax.Array) -> jax.Array:
@@ -100,6 +136,13 @@ class LayerNorm(nnx.Module):
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         return x * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+
+
+type Norm = RMSNorm | LayerNorm
+
+
+def for_kernel(norm: Norm | None) -> cpu.Norm | None:
+    return None if norm is None else cpu.Norm(norm.weight[...], norm.eps)
 
 
 class Embedding(nnx.Module):

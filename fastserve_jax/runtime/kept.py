@@ -16,6 +16,7 @@ from pathlib import Path
 _PACKAGE = Path(__file__).parents[1]
 _CODE = (_PACKAGE / "core", _PACKAGE / "models", _PACKAGE / "runtime")
 _LIBRARIES = ("jax", "jaxlib", "flax", "numpy")
+_SOURCES = (".py", ".cc", ".h")
 _DIGEST_BYTES = 32
 
 
@@ -28,10 +29,12 @@ def name_of(*facts: object) -> str:
 def _code() -> str:
     import pallas_kernels
 
-    digest = hashlib.sha256(repr([(name, version(name)) for name in _LIBRARIES]).encode())
+    libraries = [(name, version(name)) for name in _LIBRARIES]
+    digest = hashlib.sha256(repr((libraries, pallas_kernels.cpu.runs())).encode())
     for folder in (*_CODE, Path(pallas_kernels.__file__).parent):
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(repr((path.name, path.read_bytes())).encode())
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in _SOURCES:
+                digest.update(repr((path.name, path.read_bytes())).encode())
     return digest.hexdigest()
 
 

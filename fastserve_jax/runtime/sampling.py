@@ -132,19 +132,24 @@ def _own(state: SlotState, slots: jax.Array, positions: jax.Array, vocab: int) -
 
 def draw_from(
     logits: Callable[[], jax.Array],
+    best: Callable[[], tuple[jax.Array, jax.Array] | None],
     vocab: int,
     state: SlotState,
     slots: jax.Array,
     positions: jax.Array,
 ) -> Drawn:
-    """`draw`, of logits that are made in the branch that needs them: where nobody asks for more
-    than the best token, they are never all in memory."""
+    """`draw`, of logits that are made in the branch that needs them. Where nobody asks for more
+    than the best token, `best` gives each row's highest logit and its token, or None: then they
+    are found in the logits."""
     own = _own(state, slots, positions, vocab)
     asked = jnp.any(own.biased) | jnp.any(own.penalised)
     asked |= jnp.any(own.is_drawn) | jnp.any(own.state.logprobs)
-    drawn: Drawn = lax.cond(
-        asked, lambda: draw(logits(), state, slots, positions), lambda: _plain(logits())
-    )
+
+    def plain() -> Drawn:
+        highest, tokens = best() or _best(logits())
+        return Drawn(jnp.where(jnp.isfinite(highest), tokens, -1), *_unscored(len(tokens)))
+
+    drawn: Drawn = lax.cond(asked, lambda: draw(logits(), state, slots, positions), plain)
     return drawn
 
 
@@ -159,13 +164,10 @@ def draw(logits: jax.Array, state: SlotState, slots: jax.Array, positions: jax.A
     best, greedy = _best(shaped)
     sampled = lax.cond(jnp.any(is_drawn), _sample, lambda *_: greedy, shaped, own, positions)
     tokens = jnp.where(is_drawn, sampled, greedy)
-    scored = lax.cond(jnp.any(own.logprobs), score, _unscored, logits, tokens)
+    scored = lax.cond(
+        jnp.any(own.logprobs), score, lambda *_: _unscored(len(slots)), logits, tokens
+    )
     return Drawn(jnp.where(jnp.isfinite(best), tokens, -1), *scored)
-
-
-def _plain(logits: jax.Array) -> Drawn:
-    best, tokens = _best(logits)
-    return Drawn(jnp.where(jnp.isfinite(best), tokens, -1), *_unscored(logits, tokens))
 
 
 def _best(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -209,8 +211,7 @@ def score(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, j
     )
 
 
-def _unscored(logits: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    rows = logits.shape[0]
+def _unscored(rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     top = (rows, MAX_TOP_LOGPROBS)
     return jnp.zeros(rows), jnp.zeros(top, jnp.int32), jnp.zeros(top)
 

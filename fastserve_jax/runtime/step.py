@@ -29,7 +29,7 @@ from jax.typing import DTypeLike
 from fastserve_jax.core.types import MAX_TOP_LOGPROBS
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import Batch, Decoder, State, head_of, place
-from fastserve_jax.models.layers import Matrix, project
+from fastserve_jax.models.layers import Matrix, best_output, project
 from pallas_kernels import KVLayout
 
 from . import sampling
@@ -140,8 +140,11 @@ class Steps:
         self, head: Matrix, state: SlotState, hidden: jax.Array, rows: Rows
     ) -> tuple[SlotState, Drawn]:
         slots, positions = jnp.asarray(rows.slots), jnp.asarray(rows.positions)
+        chosen = hidden[rows.hidden]
+        live = jnp.sum(slots < state.seed.shape[0], dtype=jnp.int32)  # they stand first
         drawn = sampling.draw_from(
-            lambda: project(hidden[rows.hidden], head),
+            lambda: project(chosen, head, live),
+            lambda: best_output(chosen, head, live),
             self.config.vocab_size,
             state,
             slots,
@@ -162,7 +165,7 @@ class Steps:
             at = [lax.dynamic_slice_in_dim(x, i * SCORE_ROWS, SCORE_ROWS) for x in (index, slots)]
             where = lax.dynamic_slice_in_dim(positions, i * SCORE_ROWS, SCORE_ROWS)
             given = history.at[at[1], where].get(mode="clip")
-            new = sampling.score(project(hidden[at[0]], head), given)
+            new = sampling.score(project(hidden[at[0]], head, SCORE_ROWS), given)
             update = lax.dynamic_update_slice_in_dim
             return Scores(
                 *(update(a, b, i * SCORE_ROWS, 0) for a, b in zip(scores, new, strict=True))
