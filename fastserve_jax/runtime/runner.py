@@ -68,7 +68,7 @@ class DeviceRunner:
     ) -> None:
         assert (host_pages is not None) == (shape.host_pages > 0)
         self.shape = shape
-        self._params, self._programs = params, programs
+        self._params, self._programs = jax.tree.leaves(params), programs
         self._config = config
         self._head = head_of(config, params)
         self._kv_pages = kv_pages  # donated to every step

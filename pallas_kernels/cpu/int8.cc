@@ -22,6 +22,8 @@ enum Before { kNothing, kNorm, kGatedGelu, kGatedSilu };
 enum After { kStore, kAdd, kNormAdd };
 
 constexpr int64_t kTaskBytes = 32 << 10;  // of weights: a task must be worth its hand-over
+constexpr int64_t kAheadBytes = 2560;     // fetched into the cache so long before their use
+constexpr int64_t kFewRows = 4;           // below, signs are cheaper than an excess
 constexpr int64_t kBlock = 64;            // of the Hadamard matrix; a smaller one where none fits
 
 void turn(float* x, int64_t block) {
@@ -56,8 +58,9 @@ inline void turn64(float* x) {
   _mm512_storeu_ps(x + 48, _mm512_mul_ps(norm, _mm512_sub_ps(b, d)));
 }
 
-// x[0, size) to unsigned bytes, 128 for zero, in q[0, padded); returns the scale. Overwrites x.
-float rounded(float* x, int64_t size, int64_t padded, uint8_t* q) {
+// x[0, size) to bytes in q[0, padded): magnitudes, with a bit in `negative` where x is below zero,
+// or where that is null offsets from 128. Returns the scale. Overwrites x.
+float rounded(float* x, int64_t size, int64_t padded, uint8_t* q, uint64_t* negative) {
   const int64_t block = std::min(kBlock, size & -size);
   for (int64_t at = 0; at < size; at += block) block == kBlock ? turn64(x + at) : turn(x + at, block);
   __m512 most = _mm512_setzero_ps();
@@ -73,9 +76,15 @@ float rounded(float* x, int64_t size, int64_t padded, uint8_t* q) {
   const __m512 inverse = _mm512_set1_ps(finite && largest > 0.0f ? 127.0f / largest : 0.0f);
   for (int64_t k = 0; k < padded; k += 16) {
     const __m512 part = _mm512_maskz_loadu_ps(first(std::max<int64_t>(0, size - k)), x + k);
-    const __m512i value = _mm512_cvtps_epi32(finite ? _mm512_mul_ps(part, inverse) : _mm512_setzero_ps());
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + k),
-                     _mm512_cvtepi32_epi8(_mm512_add_epi32(value, _mm512_set1_epi32(128))));
+    __m512i value = _mm512_cvtps_epi32(finite ? _mm512_mul_ps(part, inverse) : _mm512_setzero_ps());
+    if (negative) {
+      const uint64_t below = _mm512_movepi32_mask(value);
+      negative[k / 64] = (k % 64 ? negative[k / 64] : 0) | below << k % 64;
+      value = _mm512_abs_epi32(value);
+    } else {
+      value = _mm512_add_epi32(value, _mm512_set1_epi32(128));
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + k), _mm512_cvtepi32_epi8(value));
   }
   return finite ? largest / 127.0f : NAN;
 }
@@ -126,80 +135,99 @@ inline __m512i sums(__m512i* a) {
 }
 
 struct Product {
-  std::vector<uint8_t> q;        // [rows, padded]
-  std::vector<float> row_scale;  // [rows]
-  const int8_t* weight;          // [outputs, size]
-  const float* scale;            // [outputs]
+  std::vector<uint8_t> q;          // [rows, padded]
+  std::vector<uint64_t> negative;  // [rows, padded / 64], or empty; see `rounded`
+  std::vector<float> row_scale;    // [rows]
+  const int8_t* weight;            // [outputs, size]
+  const float* scale;              // [outputs]
   int64_t rows, outputs, size, padded;
+
+  const uint8_t* row(int64_t m) const { return q.data() + m * padded; }
 };
 
-// R rows times C outputs, R * C = 16, their sums over k in one vector by row and output. `missing`
-// outputs behind the matrix's end repeat its last.
-template <int R, int C>
-inline __m512i tile(const uint8_t* q, int64_t padded, const int8_t* w, int64_t size, int64_t count) {
+// The instruction multiplies bytes without a sign by bytes with one. So either signs go over from
+// the row to the weights, or the row is 128 too large and what that adds is taken off again.
+
+// Sums over k for sixteen outputs from `n`, of row `m` by its signs or, without one, of 128. One
+// output after the other, as they lie in memory, which so is read at twice the rate of sixteen at
+// once. Outputs from `count` on repeat the last.
+template <bool is_row>
+inline __m512i streamed(const Product& p, int64_t m, int64_t n, int64_t count) {
   __m512i acc[16];
-  const int8_t* rows[C];
-  for (int c = 0; c < C; ++c) rows[c] = w + std::min<int64_t>(c, count - 1) * size;
-  for (int j = 0; j < 16; ++j) acc[j] = _mm512_setzero_si512();
-  const int64_t whole = size / 64 * 64;
-  for (int64_t k = 0; k < whole; k += 64) {
-    __m512i x[R];
-    for (int r = 0; r < R; ++r)
-      x[r] = q ? _mm512_loadu_si512(q + r * padded + k) : _mm512_set1_epi8(-128);
-    for (int c = 0; c < C; ++c) {
-      const __m512i part = _mm512_loadu_si512(rows[c] + k);
-      for (int r = 0; r < R; ++r) acc[r * C + c] = _mm512_dpbusd_epi32(acc[r * C + c], x[r], part);
-    }
-  }
-  if (whole < size) {
-    const __mmask64 rest = ~0ull >> (64 - size % 64);
-    for (int c = 0; c < C; ++c) {
-      const __m512i part = _mm512_maskz_loadu_epi8(rest, rows[c] + whole);
-      for (int r = 0; r < R; ++r) {
-        const __m512i x = q ? _mm512_loadu_si512(q + r * padded + whole) : _mm512_set1_epi8(-128);
-        acc[r * C + c] = _mm512_dpbusd_epi32(acc[r * C + c], x, part);
+  for (int c = 0; c < 16; ++c) {
+    const int8_t* w = p.weight + (n + std::min<int64_t>(c, count - 1)) * p.size;
+    acc[c] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < p.size; k += 64) {
+      const __mmask64 in = p.size - k < 64 ? ~0ull >> (64 - (p.size - k)) : ~0ull;
+      __m512i x = _mm512_set1_epi8(-128), part = _mm512_maskz_loadu_epi8(in, w + k);
+      _mm_prefetch(reinterpret_cast<const char*>(w + k + kAheadBytes), _MM_HINT_T0);
+      if (is_row) {
+        x = _mm512_loadu_si512(p.row(m) + k);
+        const __mmask64 negative = p.negative[(m * p.padded + k) / 64];
+        part = _mm512_mask_sub_epi8(part, negative, _mm512_setzero_si512(), part);
       }
+      acc[c] = _mm512_dpbusd_epi32(acc[c], x, part);
     }
   }
   return sums(acc);
 }
 
+// R rows times C outputs, R * C = 16, by row and output: weights that lie in the cache, each vector
+// of them used R times and each of the rows' C times.
+template <int R, int C>
+inline __m512i tile(const Product& p, int64_t m, int64_t n, int64_t count) {
+  __m512i acc[16];
+  const int8_t* rows[C];
+  for (int c = 0; c < C; ++c) rows[c] = p.weight + (n + std::min<int64_t>(c, count - 1)) * p.size;
+  for (int j = 0; j < 16; ++j) acc[j] = _mm512_setzero_si512();
+  const auto step = [&](int64_t k, const auto& load) {
+    __m512i x[R];
+    for (int r = 0; r < R; ++r) x[r] = _mm512_loadu_si512(p.row(m + r) + k);
+    for (int c = 0; c < C; ++c) {
+      const __m512i part = load(rows[c] + k);
+      for (int r = 0; r < R; ++r) acc[r * C + c] = _mm512_dpbusd_epi32(acc[r * C + c], x[r], part);
+    }
+  };
+  const int64_t whole = p.size / 64 * 64;
+  for (int64_t k = 0; k < whole; k += 64) step(k, [](const int8_t* w) { return _mm512_loadu_si512(w); });
+  if (whole < p.size)
+    step(whole, [&](const int8_t* w) {
+      return _mm512_maskz_loadu_epi8(~0ull >> (64 - p.size % 64), w);
+    });
+  return sums(acc);
+}
+
 // Sixteen outputs from `n` of all rows: their weights stay in the first-level cache meanwhile.
-// take(row, output, mask, values) gets each row's, in vectors of 16 or lanes of 4.
+// one(row, output, mask, values) gets one row's, four(row, output, values) four rows' by four.
 template <class One, class Four>
 inline void sixteen(const Product& p, int64_t n, const One& one, const Four& four) {
-  const int8_t* w = p.weight + n * p.size;
   const int64_t count = std::min<int64_t>(16, p.outputs - n);
-  // The next sixteen are fetched while these are used: rows are too short for the CPU to foresee.
-  const char* ahead = reinterpret_cast<const char*>(w + 16 * p.size);
-  if (n + 32 <= p.outputs)
-    for (int64_t at = 0; at < 16 * p.size; at += 64) _mm_prefetch(ahead + at, _MM_HINT_T1);
-  // q is 128 too large everywhere: that much of the weights' sum is taken off again.
-  const __m512i excess = tile<1, 16>(nullptr, 0, w, p.size, count);
   const __m512 scale = _mm512_maskz_loadu_ps(first(count), p.scale + n);
-  int64_t m = 0;
-  if (count == 16)
-    for (; m + 4 <= p.rows; m += 4) {
-      const __m512 by_row = _mm512_permutexvar_ps(
-          _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0),
-          _mm512_castps128_ps512(_mm_loadu_ps(p.row_scale.data() + m)));
-      for (int c = 0; c < 4; ++c) {
-        const __m512i quarter = _mm512_set_epi32(3, 2, 1, 0, 3, 2, 1, 0, 3, 2, 1, 0, 3, 2, 1, 0);
-        const __m512i at = _mm512_add_epi32(quarter, _mm512_set1_epi32(4 * c));
-        const __m512i sum = _mm512_sub_epi32(
-            tile<4, 4>(p.q.data() + m * p.padded, p.padded, w + 4 * c * p.size, p.size, 4),
-            _mm512_permutexvar_epi32(at, excess));
-        four(m, n + 4 * c,
-             _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), by_row),
-                           _mm512_permutexvar_ps(at, scale)));
-      }
-    }
-  for (; m < p.rows; ++m) {
-    const __m512i sum = _mm512_sub_epi32(
-        tile<1, 16>(p.q.data() + m * p.padded, p.padded, w, p.size, count), excess);
-    const __m512 by_row = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(p.row_scale[m]));
-    one(m, n, first(count), _mm512_mul_ps(by_row, scale));
+  const auto scaled = [&](int64_t m, __m512i sum) {
+    return _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(p.row_scale[m])), scale);
+  };
+  if (!p.negative.empty()) {
+    for (int64_t m = 0; m < p.rows; ++m)
+      one(m, n, first(count), scaled(m, streamed<true>(p, m, n, count)));
+    return;
   }
+  const __m512i excess = streamed<false>(p, 0, n, count);
+  int64_t m = 0;
+  for (; count == 16 && m + 4 <= p.rows; m += 4) {
+    const __m512 by_row = _mm512_permutexvar_ps(
+        _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0),
+        _mm512_castps128_ps512(_mm_loadu_ps(p.row_scale.data() + m)));
+    for (int c = 0; c < 16; c += 4) {
+      const __m512i quarter = _mm512_set_epi32(3, 2, 1, 0, 3, 2, 1, 0, 3, 2, 1, 0, 3, 2, 1, 0);
+      const __m512i at = _mm512_add_epi32(quarter, _mm512_set1_epi32(c));
+      const __m512i sum = _mm512_sub_epi32(tile<4, 4>(p, m, n + c, 4),
+                                           _mm512_permutexvar_epi32(at, excess));
+      four(m, n + c,
+           _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), by_row), _mm512_permutexvar_ps(at, scale)));
+    }
+  }
+  for (; m < p.rows; ++m)
+    one(m, n, first(count), scaled(m, _mm512_sub_epi32(tile<1, 16>(p, m, n, count), excess)));
 }
 
 // Rows of x rounded, all that the product needs. `prepared` writes one row's floats.
@@ -211,12 +239,14 @@ Product product(int64_t rows, const ffi::Buffer& matrix, const ffi::Buffer& scal
   p.padded = (p.size + 63) / 64 * 64;
   p.weight = matrix.as<const int8_t>(), p.scale = scale.as<const float>();
   p.q.resize(rows * p.padded), p.row_scale.resize(rows);
+  if (rows < kFewRows) p.negative.resize(rows * p.padded / 64);
   const int64_t stripe = std::max<int64_t>(1, 4096 / p.size);
   team().each((rows + stripe - 1) / stripe, [&](int64_t i) {
     std::vector<float> row(p.padded);
     for (int64_t m = i * stripe; m < std::min(rows, (i + 1) * stripe); ++m) {
       prepared(m, row.data());
-      p.row_scale[m] = rounded(row.data(), p.size, p.padded, p.q.data() + m * p.padded);
+      uint64_t* negative = p.negative.empty() ? nullptr : p.negative.data() + m * p.padded / 64;
+      p.row_scale[m] = rounded(row.data(), p.size, p.padded, p.q.data() + m * p.padded, negative);
     }
   });
   return p;
