@@ -23,7 +23,7 @@ DTYPES = ("auto", "bf16", "int8", "f32")
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    dtype: str = "auto"  # of weights; auto is bf16. KV pages are bf16, or f32 with f32
+    dtype: str = "auto"  # of weights; auto is int8 where that is measured to do, or bf16
     int8_keep: tuple[str, ...] = ()  # matrices that stay bf16 in int8: "layers.*.mlp.down"
 
 

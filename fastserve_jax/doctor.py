@@ -58,6 +58,10 @@ def _devices() -> Iterator[str]:
         f"{len(devices)} {devices[0].platform} device(s): {kinds}; {free_bytes / 2**30:.1f} GiB "
         f"free; first computation after {time.perf_counter() - began:.1f} s"
     )
+    if devices[0].platform == "cpu":
+        from pallas_kernels import cpu
+
+        yield f"int8 kernels for this processor: {cpu.missing() or 'in use'}"
     if devices[0].platform == "cpu" and Path("/dev/nvidia0").exists():
         yield "! JAX does not use this machine's NVIDIA GPU: pip install 'fastserve-jax[cuda12]'"
 

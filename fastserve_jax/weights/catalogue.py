@@ -41,6 +41,7 @@ class CatalogueModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     notice: str = ""  # printed when the model is pulled
     sampling: dict[str, float] = {}  # where a request leaves these fields out
     chat_template: str = ""  # instead of the file's own, where that serves people badly
+    int8_perplexity: float | None = None  # / bf16's on wikitext-2, where bench/perplexity.py said
 
 
 def read_catalogue() -> Mapping[str, CatalogueModel]:

@@ -47,7 +47,7 @@ class ModelFiles:
 
     `tokenizer_source` is the GGUF's tokenizer.* metadata, or the folder. `sampling` is what the
     model's makers advise where a request leaves temperature, top_p, top_k, min_p or
-    repetition_penalty out.
+    repetition_penalty out. `int8_perplexity` is what int8 makes of bf16's, None if unknown.
     """
 
     name: str
@@ -59,6 +59,7 @@ class ModelFiles:
     sampling: Mapping[str, float]
     _source: TensorSource = field(repr=False)
     _names: Names = field(repr=False)
+    int8_perplexity: float | None = None
 
     def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, NDArray[Any]]]:
         """Yields every parameter of `shapes` by name: float32, or float16/bfloat16 as stored.
@@ -155,6 +156,7 @@ def open_model(reference: str, cache_dir: Path, progress: Progress = silent) -> 
             licence=entry.licence,
             notice=entry.notice,
             sampling=entry.sampling,
+            int8_perplexity=entry.int8_perplexity,
             tokenizer_source={**model.tokenizer_source, **template},
         )
     if reference.startswith("hf:"):

@@ -122,6 +122,10 @@ void gather(const float (*weights)[kBlock], const uint16_t* const* values, int64
     for (int w = 0; w < W; ++w) _mm512_storeu_ps(out[m] + i + 16 * w, acc[m][w]);
 }
 
+inline void fetch(const uint16_t* row, int64_t dim) {
+  for (int64_t i = 0; i < dim; i += 32) _mm_prefetch(reinterpret_cast<const char*>(row + i), _MM_HINT_T1);
+}
+
 // M queries, each of one head at one position, all of one key head in one sequence.
 template <int M>
 void attend(const Shape& shape, const Pages& pages, const int32_t* table, int64_t head,
@@ -140,9 +144,13 @@ void attend(const Shape& shape, const Pages& pages, const int32_t* table, int64_
     alignas(64) float scores[M][kBlock];
     for (int64_t p = 0; p < kBlock; ++p) {  // those beyond repeat the last, and are not seen
       const int64_t at = start + std::clamp(p, low, count - 1);
-      const int64_t page = table[at / shape.page_size];
-      keys[p] = pages.at(page, 0, head, at % shape.page_size);
-      values[p] = pages.at(page, 1, head, at % shape.page_size);
+      const int64_t page = table[at / shape.page_size], offset = at % shape.page_size;
+      keys[p] = pages.at(page, 0, head, offset), values[p] = pages.at(page, 1, head, offset);
+      // Values are wanted after all keys, and the next block's keys after them.
+      const int64_t next = at + kBlock;
+      if (p >= low && p < count) fetch(values[p], shape.dim);
+      if (next <= last)
+        fetch(pages.at(table[next / shape.page_size], 0, head, next % shape.page_size), shape.dim);
     }
     score<M>(q, keys, count, shape.dim, shape.scale, scores);
     for (int m = 0; m < M; ++m) {
