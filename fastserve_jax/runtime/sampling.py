@@ -8,7 +8,6 @@ on its neighbours. Rare work (penalties, logprobs, exact cuts deep in the vocabu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,10 +18,9 @@ from jax import lax
 
 from fastserve_jax.core.types import MAX_TOP_LOGPROBS, Admission
 
+from . import pick
+
 MAX_BIASES = 352  # 300 of logit_bias, the rest stop ids held back by min_tokens
-CANDIDATES = 64  # a top_k or top_p cut within so many is found without a search
-_LANES = 512  # a row of logits is folded into so many
-_BLOCK = 512  # tokens per block of the two-level draw
 
 
 class SlotState(NamedTuple):
@@ -146,7 +144,7 @@ def draw_from(
     asked |= jnp.any(own.is_drawn) | jnp.any(own.state.logprobs)
 
     def plain() -> Drawn:
-        highest, tokens = best() or _best(logits())
+        highest, tokens = best() or pick.highest(logits())
         return Drawn(jnp.where(jnp.isfinite(highest), tokens, -1), *_unscored(len(tokens)))
 
     drawn: Drawn = lax.cond(asked, lambda: draw(logits(), state, slots, positions), plain)
@@ -159,42 +157,24 @@ def draw(logits: jax.Array, state: SlotState, slots: jax.Array, positions: jax.A
     `slots` [rows]; a slot out of range is padding: drawn greedily, and never used.
     """
     own, biased, penalised, is_drawn = _own(state, slots, positions, logits.shape[-1])
-    shaped = lax.cond(jnp.any(biased), _bias, lambda x, *_: x, logits, own, biased)
-    shaped = lax.cond(jnp.any(penalised), _penalise, lambda x, *_: x, shaped, own, slots, positions)
-    best, greedy = _best(shaped)
-    sampled = lax.cond(jnp.any(is_drawn), _sample, lambda *_: greedy, shaped, own, positions)
-    tokens = jnp.where(is_drawn, sampled, greedy)
+
+    def choose(shaped: jax.Array) -> tuple[jax.Array, jax.Array]:
+        best, greedy = pick.highest(shaped)
+        sampled = lax.cond(
+            jnp.any(is_drawn), lambda: pick.draw(shaped, best, own, positions), lambda: greedy
+        )
+        return best, jnp.where(is_drawn, sampled, greedy)
+
+    # Not logits that come out of a cond: they would be copied, changed or not.
+    best, tokens = lax.cond(
+        jnp.any(biased) | jnp.any(penalised),
+        lambda: choose(_penalise(_bias(logits, own, biased), own, slots, positions)),
+        lambda: choose(logits),
+    )
     scored = lax.cond(
-        jnp.any(own.logprobs), score, lambda *_: _unscored(len(slots)), logits, tokens
+        jnp.any(own.logprobs), lambda: score(logits, tokens), lambda: _unscored(len(slots))
     )
     return Drawn(jnp.where(jnp.isfinite(best), tokens, -1), *scored)
-
-
-def _best(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The highest of each row, NaN where there is one, and the first token that has it.
-
-    Folded into lanes: a maximum taken along the last axis is not vectorised on a CPU, and a
-    search of the one lane that has it reads little.
-    """
-    rows, vocab = logits.shape
-    lanes = math.gcd(vocab, _LANES)
-    folded = logits.reshape(rows, vocab // lanes, lanes)
-    by_lane = jnp.max(folded, axis=1)
-    best = jnp.max(by_lane, axis=1)
-    has_it = by_lane == best[:, None]
-    index = jnp.arange(vocab, dtype=jnp.int32).reshape(vocab // lanes, lanes)
-
-    def in_one_lane() -> jax.Array:
-        lane = jnp.argmax(has_it, axis=1)
-        column = jnp.take_along_axis(folded, lane[:, None, None], axis=2)[:, :, 0]
-        return jnp.argmax(column == best[:, None], axis=1).astype(jnp.int32) * lanes + lane
-
-    def anywhere() -> jax.Array:
-        return jnp.min(jnp.where(folded == best[:, None, None], index, vocab - 1), axis=(1, 2))
-
-    tied = jnp.any(jnp.sum(has_it, axis=1) != 1)
-    tokens: jax.Array = lax.cond(tied, anywhere, in_one_lane)
-    return best, tokens.astype(jnp.int32)
 
 
 def score(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -243,100 +223,3 @@ def _penalise(
     # Once per occurrence.
     times = jnp.broadcast_to(-own.frequency[:, None], output.shape)
     return logits.at[rows, output].add(times, mode="drop")
-
-
-def _sample(shaped: jax.Array, own: SlotState, positions: jax.Array) -> jax.Array:
-    """Temperature, then min_p, top_k and top_p cuts, then one draw from what is left. Exact."""
-    heat = jnp.where(own.temperature > 0, own.temperature, 1)
-    logits = (shaped - jnp.max(shaped, axis=-1, keepdims=True)) / heat[:, None]
-    floor = jnp.log(own.min_p)  # -inf keeps all
-    is_cut = ((own.top_k > 0) | (own.top_p < 1)) & (own.temperature > 0)
-    floor = lax.cond(jnp.any(is_cut), _cut, lambda _, floor, *__: floor, logits, floor, own)
-    weights = jnp.where(logits >= floor[:, None], jnp.exp(logits), 0)
-
-    def uniform(seed: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position))
-
-    return _pick(weights, jax.vmap(uniform)(own.seed, positions))
-
-
-def _cut(logits: jax.Array, floor: jax.Array, own: SlotState) -> jax.Array:
-    """The lowest logit [rows] that top_k and then top_p keep, not below `floor`.
-
-    Both are found among the best CANDIDATES; only a cut that lies deeper is searched for.
-    """
-    vocab = logits.shape[-1]
-    count = min(CANDIDATES, vocab)
-    best, _ = lax.top_k(logits, count)
-    wanted = jnp.where(own.top_k > 0, jnp.minimum(own.top_k, vocab), vocab)
-
-    def deep_k() -> jax.Array:
-        return _search(logits, lambda kept: kept.astype(jnp.float32), wanted.astype(jnp.float32))
-
-    kth = jnp.take_along_axis(best, jnp.minimum(wanted, count)[:, None] - 1, axis=-1)[:, 0]
-    is_deep = (own.top_k > 0) & (wanted > count)
-    kth = jnp.where(is_deep, lax.cond(jnp.any(is_deep), deep_k, lambda: kth), kth)
-    floor = jnp.where(own.top_k > 0, jnp.maximum(floor, kth), floor)
-
-    kept = jnp.where(logits >= floor[:, None], jnp.exp(logits), 0)
-    goal = own.top_p * jnp.sum(kept, axis=-1)
-
-    def deep_p() -> jax.Array:
-        return _search(logits, lambda above: jnp.where(above, kept, 0), goal)
-
-    mass = jnp.cumsum(jnp.where(best >= floor[:, None], jnp.exp(best), 0), axis=-1)
-    enough = jnp.sum(mass < goal[:, None], axis=-1)  # how many fall short
-    pth = jnp.take_along_axis(best, jnp.minimum(enough, count - 1)[:, None], axis=-1)[:, 0]
-    is_deep = (own.top_p < 1) & (enough >= count)
-    pth = jnp.where(is_deep, lax.cond(jnp.any(is_deep), deep_p, lambda: pth), pth)
-    return jnp.where(own.top_p < 1, jnp.maximum(floor, pth), floor)
-
-
-def _search(
-    logits: jax.Array, measure: Callable[[jax.Array], jax.Array], goal: jax.Array
-) -> jax.Array:
-    """The highest threshold [rows] whose kept entries measure up to `goal` [rows].
-
-    Bisection over the 32 bits of a float in numerical order, so it is exact, ties included.
-    """
-
-    def to_float(order: jax.Array) -> jax.Array:
-        bits = order ^ ((order >> 31) & 0x7FFFFFFF)
-        return lax.bitcast_convert_type(bits, jnp.float32)
-
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds  # low measures up, high does not
-        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
-        above = logits >= to_float(middle)[:, None]
-        fits = jnp.sum(measure(above), axis=-1) >= goal
-        return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
-
-    rows = goal.shape
-    lowest = jnp.full(rows, -(2**31) + 0x00800000, jnp.int32)  # the order of -inf
-    highest = jnp.full(rows, 1, jnp.int32)  # above the best, which is 0
-    return to_float(lax.fori_loop(0, 32, halve, (lowest, highest))[0])
-
-
-def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The entry of `weights` [rows, vocab] in which uniform [rows] times their sum falls.
-
-    Two levels, blocks and then entries, so that no running sum over the vocabulary is kept.
-    """
-    rows, vocab = weights.shape
-    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
-    block_sums = jnp.sum(blocks, axis=-1)
-    sums = jnp.cumsum(block_sums, axis=-1)
-    target = uniform * sums[:, -1]
-    block = _first(sums > target[:, None], block_sums > 0)
-    chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    before = jnp.take_along_axis(sums - block_sums, block[:, None], axis=1)
-    inside = jnp.cumsum(chosen, axis=-1) > target[:, None] - before
-    return block * _BLOCK + _first(inside, chosen > 0)
-
-
-def _first(reached: jax.Array, possible: jax.Array) -> jax.Array:
-    """Index of the first entry reached, or of the last possible one where rounding reached none."""
-    index = jnp.arange(possible.shape[-1], dtype=jnp.int32)
-    last = jnp.max(jnp.where(possible, index, 0), axis=-1)
-    found = jnp.min(jnp.where(reached & possible, index, possible.shape[-1]), axis=-1)
-    return jnp.minimum(found, last)

@@ -195,8 +195,14 @@ def programs(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[Program]
     # By their leaves alone: to flatten a state of hundreds of variables costs each step 0.25 ms.
     leaves, tree = jax.tree.flatten(jax.tree.map(abstract, params))
 
-    def forward_by_leaves(leaves: list[jax.Array], *rest: Any, tokens: int) -> Any:
-        return steps.forward(jax.tree.unflatten(tree, leaves), *rest, tokens)
+    def forward_by_leaves(
+        leaves: list[jax.Array],
+        kv_pages: list[jax.Array],
+        history: jax.Array,
+        batch: Batch,
+        tokens: int,
+    ) -> Any:
+        return steps.forward(jax.tree.unflatten(tree, leaves), kv_pages, history, batch, tokens)
 
     for tokens in reversed(shape.token_buckets):
         forward = partial(forward_by_leaves, tokens=tokens)

@@ -6,6 +6,7 @@ ever a copy: what cannot be read or written is done without.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import tempfile
@@ -22,6 +23,8 @@ from .load import ModelFiles
 from .quantise import to_int8
 
 MOST_BYTES = 4 << 30  # larger models are converted at every start: the copy would lie twice in RAM
+KEPT = 3  # files of one model
+_KEY_LENGTH = 24
 _FORMAT = 3  # raise it when the meaning of a canonical name or of a scale changes
 
 
@@ -44,7 +47,7 @@ def parameters_as(files: ModelFiles, wanted: Parameters, folder: Path) -> Iterat
     if files.path.is_dir() or total_bytes > MOST_BYTES:
         yield from _cast(files, wanted)
         return
-    path = folder / f"{files.name}-{_key(files.path, wanted)}.safetensors"
+    path = folder / _file_name(files.name, _key(files.path, wanted))
     if path.exists():
         try:
             kept = list(_read(path, wanted))
@@ -58,6 +61,7 @@ def parameters_as(files: ModelFiles, wanted: Parameters, folder: Path) -> Iterat
         made[name] = array
         yield name, array
     _write(path, made)
+    _prune(folder, files.name)
 
 
 def _cast(files: ModelFiles, wanted: Parameters) -> Iterator[Parameter]:
@@ -74,7 +78,7 @@ def _key(path: Path, wanted: Parameters) -> str:
     status = path.stat()
     kinds = sorted((name, np.dtype(w.dtype).name) for name, w in wanted.items())
     facts = (_FORMAT, str(path), status.st_size, status.st_mtime_ns, kinds)
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:_KEY_LENGTH]
 
 
 def _read(path: Path, wanted: Parameters) -> Iterator[Parameter]:
@@ -84,6 +88,17 @@ def _read(path: Path, wanted: Parameters) -> Iterator[Parameter]:
             if array.shape != tuple(w.shape) or array.dtype != np.dtype(w.dtype):
                 raise ValueError(f"{name} is {array.dtype}{array.shape}")
             yield name, array
+
+
+def _file_name(model: str, key: str) -> str:
+    return f"{model}-{key}.safetensors"
+
+
+def _prune(folder: Path, model: str) -> None:
+    """Leaves the newest KEPT of a model's: each precision and each version of a file makes one."""
+    made = folder.glob(_file_name(glob.escape(model), "?" * _KEY_LENGTH))
+    for old in sorted(made, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
+        old.unlink(missing_ok=True)
 
 
 def _write(path: Path, arrays: dict[str, NDArray[Any]]) -> None:

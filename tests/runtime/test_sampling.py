@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fastserve_jax.core.types import Admission, Sampling
 from fastserve_jax.runtime import sampling
 
-VOCAB, CONTEXT = 700, 64  # more than CANDIDATES and _BLOCK, so every path is met
+VOCAB, CONTEXT = 700, 64  # more than pick.CANDIDATES and _LANES, and no multiple: every path is met
 draw = jax.jit(sampling.draw)
 admit = jax.jit(sampling.admit)
 

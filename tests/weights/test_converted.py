@@ -1,5 +1,7 @@
 """The converted copy: the same numbers, made once, and never trusted when it is not whole."""
 
+import os
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from fastserve_jax.models.decoder import abstract, parameters
 from fastserve_jax.models.layers import spread
 from fastserve_jax.models.precision import Precision
-from fastserve_jax.weights.converted import parameters_as
+from fastserve_jax.weights.converted import KEPT, parameters_as
 from fastserve_jax.weights.load import open_gguf
 
 BF16 = ml_dtypes.bfloat16
@@ -48,6 +50,19 @@ def test_another_dtype_is_another_copy(model, tmp_path):
     read(model, tmp_path)
     assert read(model, tmp_path, Precision(np.float32))["embed.weight"].dtype == np.float32
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_newest_copies_of_a_model_stay_and_other_models_are_left_alone(model, tmp_path):
+    other = tmp_path / f"stories-x-{'0' * 24}.safetensors"
+    other.touch()
+    for kept in ("layers.*.mlp.down", "layers.*.mlp.gate_up", "embed", "layers.0.*"):
+        before = set(tmp_path.iterdir())
+        read(model, tmp_path, Precision(BF16, int8=True, kept=(kept,)))
+        (newest,) = set(tmp_path.iterdir()) - before
+        os.utime(newest, ns=(0, len(before)))  # in order, however fast this goes
+    assert newest.exists()
+    assert other.exists()
+    assert len(list(tmp_path.iterdir())) == KEPT + 1
 
 
 def test_int8_with_a_scale_per_output(model, tmp_path):
