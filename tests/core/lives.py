@@ -71,10 +71,11 @@ class Life:
     script: tuple[Move, ...]
     nan: frozenset[tuple[int, int]] = frozenset()
     cost: str = "cheap"
+    vocab: int = VOCAB
 
     def live(self) -> Driver:
         parts = self.limits, self.policy, self.overlap, self.script
-        return live(*parts, nan=self.nan, cost=self.cost)
+        return live(*parts, nan=self.nan, cost=self.cost, vocab=self.vocab)
 
 
 def policy(name: str, limits: Limits) -> str | Policy:
@@ -92,10 +93,12 @@ def live(
     script: Iterable[Move],
     nan: Collection[tuple[int, int]] = (),
     cost: str = "cheap",
+    vocab: int = VOCAB,
 ) -> Driver:
     """Live it to its end; AssertionError where anything is lost, wrong, or never comes."""
     costs = COSTS[cost].copy()
-    driver = Driver(limits, policy(name, limits), overlap=overlap, nan=nan, cost=costs)
+    named = policy(name, limits)
+    driver = Driver(limits, named, overlap=overlap, nan=nan, cost=costs, vocab=vocab)
     for move in script:
         match move:
             case Ask():

@@ -1,0 +1,112 @@
+"""What a sequence's own text says comes next: guesses without a second model.
+
+Where the last three tokens, or else two, stood before, what followed then is expected now, and
+followed on as long as it is right (prompt lookup; Saxena 2023, Yang et al. 2023). A token costs a
+few dictionary accesses, whatever the length. Knows tokens only: when a guess pays is not its.
+"""
+
+from __future__ import annotations
+
+_REMEMBERED = 4096  # positions; as many again before them are forgotten at once
+_SHIFT = 21  # bits of a token
+_PAIR = (1 << 2 * _SHIFT) - 1
+_GAIN = 0.125  # of one more token, on how often guesses are right
+_UNKNOWN = (0.25, 0.4, 0.55, 0.7, 0.8)  # before any was judged; by how many were right in a row
+
+
+class Lookup:
+    """Over `tokens`, a list that only ever grows at its end. Guesses at tokens from the one
+    numbered `given` on are judged by what came."""
+
+    __slots__ = (
+        *("_at", "_given", "_last_pairs", "_last_triples", "_pairs", "_right", "_seen", "_streak"),
+        *("_tokens", "_triples"),
+    )
+
+    def __init__(self, tokens: list[int], given: int) -> None:
+        self._tokens, self._given = tokens, given
+        self._seen = 0  # tokens taken in
+        self._at = -1  # position of the token that is expected next; -1: none is
+        self._streak = 0  # right ones in a row up to here
+        self._right = list(_UNKNOWN)  # share of right guesses, moving, by streak
+        # The last tokens before each position, and the latest such position.
+        self._pairs: dict[int, int] = {}
+        self._triples: dict[int, int] = {}
+        self._last_pairs: dict[int, int] = {}
+        self._last_triples: dict[int, int] = {}
+
+    def follow(self, most: int) -> int:
+        """Take in what has been added since, up to `most` tokens; returns how many those were."""
+        tokens, start = self._tokens, self._seen
+        end = min(len(tokens), start + most)
+        pair = triple = 0  # of the tokens before `position`
+        for token in tokens[max(start - 3, 0) : start]:
+            pair, triple = _next(pair, triple, token)
+        for position in range(start, end):
+            token = tokens[position]
+            if position >= self._given and self._at >= 0:
+                self._judge(token)
+            if position > 1:
+                self._pairs[pair] = position
+            if position > 2:
+                self._triples[triple] = position
+            pair, triple = _next(pair, triple, token)
+            if self._at < 0 and position >= self._given - 1:
+                self._at = self._find(pair, triple)
+            if len(self._pairs) >= _REMEMBERED:
+                self._forget()
+        self._seen = end
+        return end - start
+
+    def _judge(self, token: int) -> None:
+        level = min(self._streak, len(_UNKNOWN) - 1)
+        if self._tokens[self._at] == token:
+            self._right[level] += _GAIN * (1.0 - self._right[level])
+            self._at += 1
+            self._streak += 1
+        else:
+            self._right[level] -= _GAIN * self._right[level]
+            self._at, self._streak = -1, 0
+
+    def _find(self, pair: int, triple: int) -> int:
+        for known, key in (
+            (self._triples, triple),
+            (self._last_triples, triple),
+            (self._pairs, pair),
+            (self._last_pairs, pair),
+        ):
+            if key in known:
+                return known[key]
+        return -1
+
+    def _forget(self) -> None:
+        self._last_pairs, self._last_triples = self._pairs, self._triples
+        self._pairs, self._triples = {}, {}
+
+    @property
+    def expects(self) -> bool:
+        """Whether there is something to guess, all tokens taken in."""
+        return self._at >= 0 and self._seen == len(self._tokens)
+
+    def guess(self, count: int) -> tuple[int, ...]:
+        """The next `count` tokens; what repeats up to the end is taken to repeat further."""
+        assert self.expects
+        tokens, at, known = self._tokens, self._at, len(self._tokens)
+        found = tokens[at : at + count]
+        period = known - at
+        while len(found) < count:
+            found.append(found[len(found) - period])
+        return tuple(found)
+
+    def chances(self, count: int) -> list[float]:
+        """How likely the first guess is right, the first two are, and so on up to `count`."""
+        chance, chances = 1.0, []
+        for level in range(self._streak, self._streak + count):
+            chance *= self._right[min(level, len(_UNKNOWN) - 1)]
+            chances.append(chance)
+        return chances
+
+
+def _next(pair: int, triple: int, token: int) -> tuple[int, int]:
+    """The last two and three tokens, as one number each, when `token` has come."""
+    return (pair << _SHIFT | token) & _PAIR, (triple & _PAIR) << _SHIFT | token
