@@ -147,11 +147,13 @@ class Scheduler:
         """
         assert len(self._plans) < _MOST_IN_FLIGHT, "commit the oldest plan first"
         self._now = now
-        if self._plans and self._waits():
-            return None
+        speculation = self._speculation
+        if self._plans and speculation is not None:
+            if speculation.waits(self._plans[-1], self._books.running.values()):
+                return None
+            speculation = None  # for guesses all tokens must be known
         for seq in self._policy.due(now, self._books.index.disposable):
             self._books.queue(seq)
-        speculation = None if self._plans else self._speculation
         draft = Draft(self._books, self._policy, self.cost, now, speculation)
         plan = draft.make(self._step)
         self._preemptions += draft.preemptions
@@ -247,14 +249,6 @@ class Scheduler:
                 seq.charged = work.start + count
                 self._policy.charge(seq, 1, elapsed_s / len(kept))
             self._sample(seq, sampled, events)
-
-    def _waits(self) -> bool:
-        """Whether this plan must wait for tokens: those behind guesses are the device's own, and
-        guessing may be worth more than planning ahead."""
-        speculation, running = self._speculation, self._books.running
-        if speculation is None:
-            return False
-        return self._plans[-1].guesses > 0 or speculation.waits(running.values())
 
     def _score(self, seq: Sequence, result: StepResult, events: list[Event]) -> None:
         """Pass on what has not been told; a preempted prompt is scored again."""

@@ -21,7 +21,7 @@ _GAIN = 0.1  # of one more step, on what is measured
 _LEAST_CHANCE = 0.05
 _MARGIN = 0.05  # of a plain step that guessing must win: estimates err
 _MOST_SLOWER = 0.25  # of a plain step, for those who do not guess
-_FORGET = 0.998  # of what guesses were found to cost, with each plan: to be tried again
+_FORGET = 0.9995  # of what guesses were found to cost, with each plan: to be tried again
 _MOST_SURPRISE = 3.0  # times longer than expected; what is more is a pause of the machine
 
 Offer = tuple[float, Sequence]  # chance that one more guess is right; one for each in turn
@@ -33,7 +33,7 @@ class Speculation:
 
     def __init__(self, limits: Limits, cost: CostModel) -> None:
         self._limits, self._cost = limits, cost
-        self._idle_s = 0.0  # of the device, for a plan that waited
+        self._idle_s = 0.0  # of the device, before a plan that waited; none, where all do
         self._free_since = 0.0  # no step in flight since then
         self._waited = False
         # By whether all rows are plain: how steps compare with the cost model where there are no
@@ -41,16 +41,15 @@ class Speculation:
         self._pace = [1.0, 1.0]
         self._extra_s = [0.0, 0.0]
 
-    def waits(self, running: Collection[Sequence]) -> bool:
-        """Whether it is worth more to know the tokens in flight than to plan beside them."""
+    def waits(self, in_flight: Plan, running: Collection[Sequence]) -> bool:
+        """Whether tokens in flight must be known, behind guesses, or are better known than planned
+        beside."""
+        self._waited = in_flight.guesses > 0
         room = self._limits.step_samples - len(running)
-        if room <= 0:
-            return False
-        rows = [seq for seq in running if seq.pending and seq.left == 1]
-        offers = self._offers(rows, room, unknown=1)
-        if not offers:
-            return False
-        self._waited = bool(self._best(rows, offers, self._load(rows), room, self._idle_s))
+        if not self._waited and room > 0:
+            rows = [seq for seq in running if seq.pending and seq.left == 1]
+            offers = self._offers(rows, room, unknown=1)
+            self._waited = bool(self._best(rows, offers, self._load(rows), room))
         return self._waited
 
     def choose(self, rows: list[Sequence], load: StepLoad, room: int) -> Guesses:
@@ -58,8 +57,7 @@ class Speculation:
         `room` bounds the tokens of all guesses."""
         if room <= 0:
             return {}
-        offers = self._offers(rows, room, unknown=0)
-        counts = self._best(rows, offers, load, room, 0.0) if offers else {}
+        counts = self._best(rows, self._offers(rows, room, unknown=0), load, room)
         return {seq.id: seq.lookup.guess(count) for seq, count in counts.items() if seq.lookup}
 
     def _offers(self, rows: list[Sequence], room: int, unknown: int) -> list[Offer]:
@@ -84,9 +82,11 @@ class Speculation:
         return StepLoad(0, len(rows), sum(seq.planned + 1 for seq in rows))
 
     def _best(
-        self, rows: list[Sequence], offers: list[Offer], load: StepLoad, room: int, idle_s: float
+        self, rows: list[Sequence], offers: list[Offer], load: StepLoad, room: int
     ) -> dict[Sequence, int]:
         """How many guesses for each make the most of the step; empty where none pay."""
+        if not offers:
+            return {}
         kind = all(seq.is_plain for seq in rows)
         pace, extra_s, step_s = self._pace[kind], self._extra_s[kind], self._cost.step_s
         plain_s = pace * step_s(self._load(rows))
@@ -101,7 +101,7 @@ class Speculation:
                 prefill_tokens=load.prefill_tokens + count + chunks,
                 decode_rows=load.decode_rows - chunks,
             )
-            cost_s = pace * (step_s(longer) - without_s) + extra_s * count + idle_s
+            cost_s = pace * (step_s(longer) - without_s) + extra_s * count + self._idle_s
             if cost_s > _MOST_SLOWER * plain_s and chunks < len(rows):
                 continue
             if won_s - cost_s > best_s:
@@ -132,11 +132,12 @@ class Speculation:
         guessing = sum(work.count for work in plan.work if work.guesses) if plan.guesses else 0
         if load.prefill_tokens != guessing:
             return  # a prompt's part says little of the rest
-        ratio = min(elapsed_s / expected_s, _MOST_SURPRISE)
-        if plan.guesses:
-            found_s = (ratio - 1.0) * expected_s / plan.guesses - self._extra_s[kind]
-            self._extra_s[kind] = max(0.0, self._extra_s[kind] + _GAIN * found_s)
+        if plan.guesses:  # none is worth more than a step
+            found_s = min((elapsed_s - expected_s) / plan.guesses, expected_s)
+            self._extra_s[kind] += _GAIN * (found_s - self._extra_s[kind])
+            self._extra_s[kind] = max(0.0, self._extra_s[kind])
         else:
+            ratio = min(elapsed_s / expected_s, _MOST_SURPRISE)
             self._pace[kind] *= 1.0 + _GAIN * (ratio - 1.0)
 
 

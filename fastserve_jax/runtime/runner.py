@@ -129,6 +129,8 @@ class DeviceRunner:
         slots, positions, tokens = np.full((3, rows), self.shape.max_slots, np.int32)
         at = 0
         for work in works:
+            if not work.guesses:
+                continue
             end = at + len(work.guesses)
             slots[at:end], tokens[at:end] = work.slot, work.guesses
             positions[at:end] = range(work.start + 1, work.start + work.count)
