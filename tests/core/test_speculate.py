@@ -1,7 +1,5 @@
 """Guessing, on the checking device: what is kept of guesses, when they are made, and when not."""
 
-import random
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,7 +9,6 @@ from fastserve_jax.core.cost import CostModel
 from fastserve_jax.core.lookup import Lookup
 from fastserve_jax.core.types import Finish
 from tests.core.driver import Driver, limits
-from tests.core.lives import draw
 from tests.fakes import alone
 
 BOUNDS = limits(guesses=7, max_slots=8, step_tokens=32, max_context=128, num_pages=128)
@@ -242,22 +239,3 @@ class TestWhatPays:
         driver.assert_all_as_alone()
         assert any(plan.guesses for plan in driver.plans[:20])
         assert not any(plan.guesses for plan in driver.plans[-20:])
-
-
-def test_lives_with_guesses():
-    """Few different tokens, so texts repeat themselves by chance, and guesses are wrong by it."""
-    seen = Counter()
-    for seed in range(300):
-        life, rng = draw(random.Random(seed)), random.Random(seed)
-        bounds = replace(life.limits, guesses=rng.choice([1, 3, 7]))
-        driver = replace(life, limits=bounds, vocab=2).live()
-        stats = driver.scheduler.stats()
-        for name in ("guessed_tokens", "accepted_tokens", "preemptions", "pages_in"):
-            seen[name] += getattr(stats, name)
-        for plan in driver.plans:
-            guessed = [work for work in plan.work if work.guesses]
-            seen["beside prompts"] += bool(guessed) and len(plan.work) > len(guessed)
-            seen["several"] += len(guessed) > 1
-    assert 0 < seen["accepted_tokens"] < seen["guessed_tokens"]
-    assert len(seen) == 6
-    assert min(seen.values()) > 10, seen
