@@ -160,7 +160,7 @@ class Scheduler:
         if plan is None:
             return None
         if self._speculation is not None:
-            self._speculation.planned(now)
+            self._speculation.planned(plan, now)
         for admission in plan.admissions:
             self._prefix_query_tokens += len(admission.tokens)
         self._prefix_hit_tokens += draft.hit_tokens

@@ -21,7 +21,7 @@ _GAIN = 0.1  # of one more step, on what is measured
 _LEAST_CHANCE = 0.05
 _MARGIN = 0.05  # of a plain step that guessing must win: estimates err
 _MOST_SLOWER = 0.25  # of a plain step, for those who do not guess
-_FORGET = 0.9995  # of what guesses were found to cost, with each plan: to be tried again
+_FORGET = 0.9995  # of what guessing was found to cost, with each plan: to be tried again
 _MOST_SURPRISE = 3.0  # times longer than expected; what is more is a pause of the machine
 
 Offer = tuple[float, Sequence]  # chance that one more guess is right; one for each in turn
@@ -113,13 +113,15 @@ class Speculation:
 
     # Learning
 
-    def planned(self, now: float) -> None:
-        """A plan is made."""
-        if self._waited:
-            self._idle_s += _GAIN * (now - self._free_since - self._idle_s)
-            self._waited = False
-        for kind in (0, 1):
-            self._extra_s[kind] *= _FORGET
+    def planned(self, plan: Plan, now: float) -> None:
+        """`plan` is made."""
+        if self._waited and len(plan.work) > len(plan.admissions):  # somebody went on
+            most_s = _MOST_SURPRISE * self._cost.step_s(plan.load)
+            found_s = min(now - self._free_since, most_s)
+            self._idle_s += _GAIN * (found_s - self._idle_s)
+        self._waited = False
+        self._idle_s *= _FORGET
+        self._extra_s = [extra_s * _FORGET for extra_s in self._extra_s]
 
     def learn(self, plan: Plan, rows: Iterable[Sequence], elapsed_s: float, now: float) -> None:
         """`plan`, with work of `rows`, took so long, and is over now."""

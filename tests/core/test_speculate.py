@@ -19,6 +19,7 @@ class Seer(Lookup):
 
     futures: dict[tuple[int, ...], list[int]] = {}  # noqa: RUF012
     wrong_every = 0
+    chance = 0.9
 
     def __init__(self, tokens, given):
         super().__init__(tokens, given)
@@ -37,7 +38,7 @@ class Seer(Lookup):
         )
 
     def chances(self, count):
-        return [0.9 ** (i + 1) for i in range(count)]
+        return [self.chance ** (i + 1) for i in range(count)]
 
 
 @pytest.fixture
@@ -226,16 +227,26 @@ class TestWhatPays:
         assert any(plan.guesses for plan in early)
         assert sum(plan.guesses > 0 for plan in late) < 10
 
-    def test_an_idle_device_counts(self, seer):
+    def test_an_idle_device_counts(self, seer, monkeypatch):
         """What is lost while tokens are waited for may be more than guesses win."""
         driver = Driver(BOUNDS, cost=CostModel([0.01], (64,), 0.0, 0.0))
-        seer.wrong_every = 2
+        seer.wrong_every = 3
+        monkeypatch.setattr(seer, "chance", 0.6)
         submit(driver, range(5), 100)
         while driver.scheduler.live:
             before = len(driver.in_flight)
             driver.turn()
             if before and not driver.in_flight:
-                driver.now += 0.2
+                driver.now += 0.02
         driver.assert_all_as_alone()
         assert any(plan.guesses for plan in driver.plans[:20])
         assert not any(plan.guesses for plan in driver.plans[-20:])
+
+    def test_time_without_requests_does_not_count(self, seer):
+        driver = Driver(BOUNDS)
+        for prompt in range(4):
+            before = len(driver.plans)
+            submit(driver, range(prompt, prompt + 5))
+            driver.run()
+            assert any(plan.guesses for plan in driver.plans[before:])
+            driver.now += 100.0
