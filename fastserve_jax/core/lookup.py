@@ -11,24 +11,35 @@ _REMEMBERED = 4096  # positions; as many again before them are forgotten at once
 _SHIFT = 21  # bits of a token
 _PAIR = (1 << 2 * _SHIFT) - 1
 _GAIN = 0.125  # of one more token, on how often guesses are right
-_UNKNOWN = (0.25, 0.4, 0.55, 0.7, 0.8)  # before any was judged; by how many were right in a row
+_GAIN_OF_ALL = 0.01
+
+
+class Shares:
+    """How many guesses are right, moving averages over all texts, by how many were right in a row
+    before: what a new text is expected to be like."""
+
+    __slots__ = ("right",)
+
+    def __init__(self) -> None:
+        self.right = [0.25, 0.4, 0.55, 0.7, 0.8]  # before any was judged
 
 
 class Lookup:
     """Over `tokens`, a list that only ever grows at its end. Guesses at tokens from the one
-    numbered `given` on are judged by what came."""
+    numbered `given` on are judged by what came, and `shares` learn of it."""
 
     __slots__ = (
-        *("_at", "_given", "_last_pairs", "_last_triples", "_pairs", "_right", "_seen", "_streak"),
-        *("_tokens", "_triples"),
+        *("_at", "_given", "_last_pairs", "_last_triples", "_pairs", "_right", "_seen", "_shares"),
+        *("_streak", "_tokens", "_triples"),
     )
 
-    def __init__(self, tokens: list[int], given: int) -> None:
+    def __init__(self, tokens: list[int], given: int, shares: Shares) -> None:
         self._tokens, self._given = tokens, given
         self._seen = 0  # tokens taken in
         self._at = -1  # position of the token that is expected next; -1: none is
         self._streak = 0  # right ones in a row up to here
-        self._right = list(_UNKNOWN)  # share of right guesses, moving, by streak
+        self._shares = shares
+        self._right = list(shares.right)
         # The last tokens before each position, and the latest such position.
         self._pairs: dict[int, int] = {}
         self._triples: dict[int, int] = {}
@@ -59,13 +70,15 @@ class Lookup:
         return end - start
 
     def _judge(self, token: int) -> None:
-        level = min(self._streak, len(_UNKNOWN) - 1)
-        if self._tokens[self._at] == token:
-            self._right[level] += _GAIN * (1.0 - self._right[level])
+        own, all_texts = self._right, self._shares.right
+        level = min(self._streak, len(own) - 1)
+        is_right = self._tokens[self._at] == token
+        own[level] += _GAIN * (is_right - own[level])
+        all_texts[level] += _GAIN_OF_ALL * (is_right - all_texts[level])
+        if is_right:
             self._at += 1
             self._streak += 1
         else:
-            self._right[level] -= _GAIN * self._right[level]
             self._at, self._streak = -1, 0
 
     def _find(self, pair: int, triple: int) -> int:
@@ -102,7 +115,7 @@ class Lookup:
         """How likely the first guess is right, the first two are, and so on up to `count`."""
         chance, chances = 1.0, []
         for level in range(self._streak, self._streak + count):
-            chance *= self._right[min(level, len(_UNKNOWN) - 1)]
+            chance *= self._right[min(level, len(self._right) - 1)]
             chances.append(chance)
         return chances
 
