@@ -122,6 +122,8 @@ class Draft:
         assert self._speculation is not None
         drawn = len(self._rows) + len(self._chunks)
         room = min(self._budget, self._limits.step_samples - drawn)
+        if room <= 0:
+            return {}
         rows = list(self._rows.values())
         load = StepLoad(self._chunk_tokens, len(rows), sum(seq.planned + 1 for seq in rows))
         guesses: Guesses = {}

@@ -14,7 +14,7 @@ _GAIN = 0.125  # of one more token, on how often guesses are right
 _GAIN_OF_ALL = 0.01
 
 
-class Shares:
+class Odds:
     """How many guesses are right, moving averages over all texts, by how many were right in a row
     before: what a new text is expected to be like."""
 
@@ -26,20 +26,20 @@ class Shares:
 
 class Lookup:
     """Over `tokens`, a list that only ever grows at its end. Guesses at tokens from the one
-    numbered `given` on are judged by what came, and `shares` learn of it."""
+    numbered `given` on are judged by what came, and `odds` learn of it."""
 
     __slots__ = (
-        *("_at", "_given", "_last_pairs", "_last_triples", "_pairs", "_right", "_seen", "_shares"),
+        *("_at", "_given", "_last_pairs", "_last_triples", "_pairs", "_right", "_seen", "_odds"),
         *("_streak", "_tokens", "_triples"),
     )
 
-    def __init__(self, tokens: list[int], given: int, shares: Shares) -> None:
+    def __init__(self, tokens: list[int], given: int, odds: Odds) -> None:
         self._tokens, self._given = tokens, given
         self._seen = 0  # tokens taken in
         self._at = -1  # position of the token that is expected next; -1: none is
         self._streak = 0  # right ones in a row up to here
-        self._shares = shares
-        self._right = list(shares.right)
+        self._odds = odds
+        self._right = list(odds.right)
         # The last tokens before each position, and the latest such position.
         self._pairs: dict[int, int] = {}
         self._triples: dict[int, int] = {}
@@ -70,7 +70,7 @@ class Lookup:
         return end - start
 
     def _judge(self, token: int) -> None:
-        own, all_texts = self._right, self._shares.right
+        own, all_texts = self._right, self._odds.right
         level = min(self._streak, len(own) - 1)
         is_right = self._tokens[self._at] == token
         own[level] += _GAIN * (is_right - own[level])

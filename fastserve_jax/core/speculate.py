@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from .cost import CostModel, StepLoad
-from .lookup import Lookup, Shares
+from .lookup import Lookup, Odds
 from .sequence import Limits, Sequence
 from .types import Plan
 
@@ -33,7 +33,7 @@ class Speculation:
 
     def __init__(self, limits: Limits, cost: CostModel) -> None:
         self._limits, self._cost = limits, cost
-        self._shares = Shares()
+        self._odds = Odds()
         self._idle_s = 0.0  # of the device, before a plan that waited; none, where all do
         self._free_since = 0.0  # no step in flight since then
         self._waited = False
@@ -56,8 +56,6 @@ class Speculation:
     def choose(self, rows: list[Sequence], load: StepLoad, room: int) -> Guesses:
         """What to guess for `rows`, whose tokens are all known, in a step of `load` otherwise;
         `room` bounds the tokens of all guesses."""
-        if room <= 0:
-            return {}
         counts = self._best(rows, self._offers(rows, room, unknown=0), load, room)
         return {seq.id: seq.lookup.guess(count) for seq, count in counts.items() if seq.lookup}
 
@@ -68,7 +66,7 @@ class Speculation:
         for seq in rows:
             lookup = seq.lookup
             if lookup is None:
-                lookup = seq.lookup = Lookup(seq.tokens, seq.prompt_tokens, self._shares)
+                lookup = seq.lookup = Lookup(seq.tokens, seq.prompt_tokens, self._odds)
             catch_up -= lookup.follow(max(catch_up, 2))
             most = min(self._limits.guesses, room, seq.limit - len(seq.tokens) - unknown - 1)
             if most > 0 and lookup.expects:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastserve_jax.core.lookup import _REMEMBERED, Lookup, Shares
+from fastserve_jax.core.lookup import _REMEMBERED, Lookup, Odds
 
 texts = st.integers(1, 4).flatmap(lambda most: st.lists(st.integers(0, most), max_size=60))
 
@@ -42,7 +42,7 @@ class Search:
 @given(texts, st.integers(0, 8), st.integers(1, 9))
 def test_it_expects_what_a_search_finds(text, given, count):
     search, tokens = Search(given), []
-    lookup = Lookup(tokens, given, Shares())
+    lookup = Lookup(tokens, given, Odds())
     for token in text:
         search.add(token)
         tokens.append(token)
@@ -57,7 +57,7 @@ def test_it_expects_what_a_search_finds(text, given, count):
 @settings(max_examples=200, deadline=None)
 @given(texts, st.integers(0, 8), st.lists(st.integers(1, 7), min_size=60, max_size=60))
 def test_taking_in_piece_by_piece_changes_nothing(text, given, pieces):
-    whole, parts = (Lookup(text, given, Shares()) for _ in range(2))
+    whole, parts = (Lookup(text, given, Odds()) for _ in range(2))
     whole.follow(1_000)
     for piece in pieces:
         parts.follow(piece)
@@ -69,7 +69,7 @@ def test_taking_in_piece_by_piece_changes_nothing(text, given, pieces):
 
 
 def test_nothing_is_expected_before_all_is_taken_in():
-    lookup = Lookup([1, 2, 3, 1, 2], 5, Shares())
+    lookup = Lookup([1, 2, 3, 1, 2], 5, Odds())
     lookup.follow(4)
     assert not lookup.expects
     lookup.follow(4)
@@ -78,20 +78,20 @@ def test_nothing_is_expected_before_all_is_taken_in():
 
 def test_three_tokens_are_better_than_two():
     tokens = [1, 2, 3, 9, 2, 3, 8, 1, 2, 3]
-    lookup = Lookup(tokens, len(tokens), Shares())
+    lookup = Lookup(tokens, len(tokens), Odds())
     lookup.follow(99)
     assert lookup.guess(1) == (9,)
 
 
 def test_a_repetition_is_taken_to_go_on():
-    lookup = Lookup([5, 1, 2, 1, 2, 1], 6, Shares())
+    lookup = Lookup([5, 1, 2, 1, 2, 1], 6, Odds())
     lookup.follow(99)
     assert lookup.guess(5) == (2, 1, 2, 1, 2)
 
 
 def test_chances_rise_with_what_was_right_and_fall_with_what_was_not():
     def after(output):
-        lookup = Lookup([1, 2, 3, 4, 5, 6, 10, 11, 1, 2, *output], 10, Shares())
+        lookup = Lookup([1, 2, 3, 4, 5, 6, 10, 11, 1, 2, *output], 10, Odds())
         lookup.follow(99)
         return lookup
 
@@ -105,26 +105,26 @@ def test_chances_rise_with_what_was_right_and_fall_with_what_was_not():
 
 
 def test_a_new_text_is_expected_to_be_like_the_others():
-    shares = Shares()
+    odds = Odds()
 
     def chance():
-        fresh = Lookup([1, 2, 3, 1, 2], 5, shares)
+        fresh = Lookup([1, 2, 3, 1, 2], 5, odds)
         fresh.follow(99)
         return fresh.chances(1)[0]
 
     before = chance()
     for _ in range(50):
-        Lookup([1, 2, 3, 1, 2, 9], 5, shares).follow(99)
+        Lookup([1, 2, 3, 1, 2, 9], 5, odds).follow(99)
     low = chance()
     for _ in range(200):
-        Lookup([1, 2, 3, 1, 2, 3], 5, shares).follow(99)
+        Lookup([1, 2, 3, 1, 2, 3], 5, odds).follow(99)
     assert low < before < chance()
 
 
 @pytest.mark.parametrize("distance", [_REMEMBERED - 9, 3 * _REMEMBERED])
 def test_memory_is_bounded_and_what_is_near_is_remembered(distance):
     tokens = [1, 2, 3, 4, *range(100, 100 + distance), 1, 2, 3]
-    lookup = Lookup(tokens, len(tokens), Shares())
+    lookup = Lookup(tokens, len(tokens), Odds())
     lookup.follow(len(tokens))
     assert lookup.expects == (distance < _REMEMBERED)
     held = (lookup._pairs, lookup._triples, lookup._last_pairs, lookup._last_triples)

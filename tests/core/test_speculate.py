@@ -21,8 +21,8 @@ class Seer(Lookup):
     wrong_every = 0
     chance = 0.9
 
-    def __init__(self, tokens, given, shares):
-        super().__init__(tokens, given, shares)
+    def __init__(self, tokens, given, odds):
+        super().__init__(tokens, given, odds)
         self.whole = [*tokens[:given], *self.futures[tuple(tokens[:given])], *[0] * 9]
         self.known = tokens
 

@@ -110,8 +110,8 @@ class Seer(Lookup):
 
     futures: dict[tuple[int, ...], list[int]] = {}  # noqa: RUF012
 
-    def __init__(self, tokens, given, shares):
-        super().__init__(tokens, given, shares)
+    def __init__(self, tokens, given, odds):
+        super().__init__(tokens, given, odds)
         self.whole = [*tokens[:given], *self.futures[tuple(tokens[:given])], *[0] * 9]
         self.known = tokens
 
