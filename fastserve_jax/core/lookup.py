@@ -9,7 +9,7 @@ from __future__ import annotations
 
 _REMEMBERED = 4096  # positions; as many again before them are forgotten at once
 _SHIFT = 21  # bits of a token
-_PAIR = (1 << 2 * _SHIFT) - 1
+_PAIR, _TRIPLE = (1 << 2 * _SHIFT) - 1, (1 << 3 * _SHIFT) - 1
 _GAIN = 0.125  # of one more token, on how often guesses are right
 _GAIN_OF_ALL = 0.01
 
@@ -29,8 +29,8 @@ class Lookup:
     numbered `given` on are judged by what came, and `odds` learn of it."""
 
     __slots__ = (
-        *("_at", "_given", "_last_pairs", "_last_triples", "_pairs", "_right", "_seen", "_odds"),
-        *("_streak", "_tokens", "_triples"),
+        *("_at", "_given", "_last_pairs", "_last_triples", "_odds", "_pair", "_pairs", "_right"),
+        *("_seen", "_streak", "_tokens", "_triple", "_triples"),
     )
 
     def __init__(self, tokens: list[int], given: int, odds: Odds) -> None:
@@ -40,6 +40,7 @@ class Lookup:
         self._streak = 0  # right ones in a row up to here
         self._odds = odds
         self._right = list(odds.right)
+        self._pair = self._triple = 0  # the last tokens taken in, as one number each
         # The last tokens before each position, and the latest such position.
         self._pairs: dict[int, int] = {}
         self._triples: dict[int, int] = {}
@@ -50,23 +51,22 @@ class Lookup:
         """Take in what has been added since, up to `most` tokens; returns how many those were."""
         tokens, start = self._tokens, self._seen
         end = min(len(tokens), start + most)
-        pair = triple = 0  # of the tokens before `position`
-        for token in tokens[max(start - 3, 0) : start]:
-            pair, triple = _next(pair, triple, token)
+        pair, triple, given = self._pair, self._triple, self._given
         for position in range(start, end):
             token = tokens[position]
-            if position >= self._given and self._at >= 0:
+            if self._at >= 0 and position >= given:
                 self._judge(token)
             if position > 1:
                 self._pairs[pair] = position
             if position > 2:
                 self._triples[triple] = position
-            pair, triple = _next(pair, triple, token)
-            if self._at < 0 and position >= self._given - 1:
+            triple = (triple << _SHIFT | token) & _TRIPLE
+            pair = triple & _PAIR
+            if self._at < 0 and position >= given - 1:
                 self._at = self._find(pair, triple)
             if len(self._pairs) >= _REMEMBERED:
                 self._forget()
-        self._seen = end
+        self._pair, self._triple, self._seen = pair, triple, end
         return end - start
 
     def _judge(self, token: int) -> None:
@@ -113,13 +113,9 @@ class Lookup:
 
     def chances(self, count: int) -> list[float]:
         """How likely the first guess is right, the first two are, and so on up to `count`."""
-        chance, chances = 1.0, []
+        right, chance, chances = self._right, 1.0, []
+        last = len(right) - 1
         for level in range(self._streak, self._streak + count):
-            chance *= self._right[min(level, len(self._right) - 1)]
+            chance *= right[level if level < last else last]
             chances.append(chance)
         return chances
-
-
-def _next(pair: int, triple: int, token: int) -> tuple[int, int]:
-    """The last two and three tokens, as one number each, when `token` has come."""
-    return (pair << _SHIFT | token) & _PAIR, (triple & _PAIR) << _SHIFT | token

@@ -63,12 +63,13 @@ class Speculation:
         """Best first. Of each sequence `unknown` tokens are still to come before its guesses."""
         offers: list[Offer] = []
         catch_up = _CATCH_UP
+        most_each = min(self._limits.guesses, room, 1 + 2 * room // max(len(rows), 1))
         for seq in rows:
             lookup = seq.lookup
             if lookup is None:
                 lookup = seq.lookup = Lookup(seq.tokens, seq.prompt_tokens, self._odds)
             catch_up -= lookup.follow(max(catch_up, 2))
-            most = min(self._limits.guesses, room, seq.limit - len(seq.tokens) - unknown - 1)
+            most = min(most_each, seq.limit - len(seq.tokens) - unknown - 1)
             if most > 0 and lookup.expects:
                 for chance in lookup.chances(unknown + most)[unknown:]:
                     if chance < _LEAST_CHANCE:
