@@ -1,14 +1,17 @@
 """Guessing, on the checking device: what is kept of guesses, when they are made, and when not."""
 
+import random
 from dataclasses import replace
 
 import pytest
 
-from fastserve_jax.core import speculate
+from fastserve_jax.core import draft, scheduler, speculate
 from fastserve_jax.core.cost import CostModel
 from fastserve_jax.core.lookup import Lookup
+from fastserve_jax.core.ordering import FirstComeFirstServed
 from fastserve_jax.core.types import Finish
 from tests.core.driver import Driver, limits
+from tests.core.lives import draw
 from tests.fakes import alone
 
 BOUNDS = limits(guesses=7, max_slots=8, step_tokens=32, max_context=128, num_pages=128)
@@ -176,6 +179,42 @@ def test_prompts_come_first(seer):
     ]
     assert beside
     assert all(p.load.tokens == BOUNDS.step_tokens and not p.guesses for p in beside)
+
+
+def test_each_kept_token_is_charged_as_a_step_of_its_own(seer):
+    charged = []
+
+    class Noting(FirstComeFirstServed):
+        def charge(self, seq, tokens, elapsed_s):
+            charged.append((seq.output_tokens, tokens, elapsed_s))
+
+    seer.wrong_every = 4
+    driver = Driver(BOUNDS, Noting())
+    submit(driver, range(5))
+    driver.run()
+    assert [output for output, _, _ in charged] == list(range(40))
+    assert sum(tokens for _, tokens, _ in charged) == 5 + 39
+    assert sum(elapsed_s for *_, elapsed_s in charged) == pytest.approx(0.01 * len(driver.plans))
+
+
+def test_those_who_wait_keep_their_pages(monkeypatch):
+    met = 0
+
+    class Watched(draft.Draft):
+        def _guess(self):
+            nonlocal met
+            index = self._books.index
+            kept = {keeper: index.kept(keeper) for keeper in index.keepers}
+            guesses = super()._guess()
+            assert {keeper: index.kept(keeper) for keeper in index.keepers} == kept
+            met += bool(guesses) and bool(kept)
+            return guesses
+
+    monkeypatch.setattr(scheduler, "Draft", Watched)
+    for seed in range(300):
+        life = draw(random.Random(seed))
+        replace(life, limits=replace(life.limits, guesses=7), vocab=2).live()
+    assert met > 10
 
 
 class TestWhatPays:
