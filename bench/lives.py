@@ -23,6 +23,7 @@ from tests.core.lives import draw
 COUNTS = (
     *("submitted", "rejected", "output_tokens", "preemptions", "pages_out", "pages_in"),
     *("prefix_hit_tokens", "host_hit_tokens", "recomputed_tokens", "steps"),
+    *("guessed_tokens", "accepted_tokens"),
 )
 PIECE = 100
 

@@ -83,12 +83,15 @@ class InstantRunner:
     def dispatch(self, plan: Plan) -> asyncio.Future[StepResult]:
         done = asyncio.get_running_loop().create_future()
         token = Sampled(100 + plan.step % 1000)
-        done.set_result(StepResult({w.request_id: token for w in plan.work if w.samples}))
+        drawn = {w.request_id: token for w in plan.work if w.samples}
+        behind = {w.request_id: (token,) * len(w.guesses) for w in plan.work if w.guesses}
+        done.set_result(StepResult(drawn, behind=behind))
         return done
 
 
 def make_engine(clients: int, metrics: Metrics) -> tuple[Engine, Limits]:
-    limits = Limits(page_size=16, num_pages=8192, max_slots=clients, step_tokens=max(512, clients))
+    step_tokens = max(512, clients)
+    limits = Limits(16, 8192, max_slots=clients, step_tokens=step_tokens, guesses=15)
     scheduler = Scheduler(limits, FirstComeFirstServed())
     return Engine(scheduler, InstantRunner(), on_step=metrics.step), limits
 

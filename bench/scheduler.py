@@ -68,6 +68,7 @@ def measure(policy: str, pages: str, live: int, slots: int, steps: int) -> Measu
         step_tokens=slots + 512,
         max_queue=live,
         max_live=2 * live,  # those with a step still in flight count
+        guesses=15,
     )
     cost = CostModel([0.012], (1,), 2e-5, 1e-4, page_out_s=3e-4, page_in_s=3e-4, overlaps=True)
     scheduler, rng = Scheduler(limits, make_policy(policy, limits, cost), cost), random.Random(1)
@@ -103,7 +104,8 @@ def measure(policy: str, pages: str, live: int, slots: int, steps: int) -> Measu
                 w.request_id: STOP if w.start + w.count >= lengths[w.request_id] else Sampled(7)
                 for w in oldest.work
                 if w.samples
-            }
+            },
+            behind={w.request_id: (Sampled(7),) * len(w.guesses) for w in oldest.work if w.guesses},
         )
         resumed = time.perf_counter_ns()
         events = scheduler.commit(oldest, result, STEP_S, now)

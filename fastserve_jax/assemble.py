@@ -19,7 +19,7 @@ import msgspec
 from jax.typing import DTypeLike
 
 from fastserve_jax.api.sampling import Defaults
-from fastserve_jax.config import ModelSettings, Settings
+from fastserve_jax.config import EngineSettings, ModelSettings, Settings
 from fastserve_jax.core.cost import CostModel
 from fastserve_jax.core.policy import make_policy
 from fastserve_jax.core.scheduler import Limits, Scheduler
@@ -49,6 +49,7 @@ from pallas_kernels import cpu
 
 MOST_PERPLEXITY = 1.01  # int8's over bf16's, for int8 to be what nobody asked for
 MOST_CONTEXT = 8192  # without being asked for more: a longer context costs slots
+MOST_GUESSES, FEW_GUESSES = 15, 7  # with the token before them, 16 and 8
 
 
 class Report(Protocol):
@@ -129,6 +130,7 @@ def load(
         page_size=limits.page_size,
         num_pages=limits.num_pages,
         host_pages=limits.host_pages,
+        guesses=limits.guesses,
     )
     keep_compiled(cache_dir / "compiled")
     began = time.perf_counter()
@@ -187,8 +189,16 @@ def _limits(
         max_context=max_context,
         max_queue=engine.max_queue,
         max_live=engine.max_queue + engine.max_slots,
+        guesses=_guesses(engine),
     )
     return limits, plan
+
+
+def _guesses(engine: EngineSettings) -> int:
+    """Tokens guessed at once: as many as leave a step's draws what they are, or a few."""
+    if engine.speculate == "off":
+        return 0
+    return min(MOST_GUESSES, max(FEW_GUESSES, engine.max_slots - 1))
 
 
 def _precision(settings: ModelSettings, files: ModelFiles) -> Precision:

@@ -19,6 +19,7 @@ from fastserve_jax.errors import ConfigError
 from fastserve_jax.server.config import ServerConfig
 
 DTYPES = ("auto", "bf16", "int8", "f32")
+SPECULATE = ("auto", "off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class KVSettings:
 class EngineSettings:
     policy: str = "adaptive"  # who goes first: see core/policy.py
     overlap: bool = True  # plan and dispatch a step while the one before it runs
+    speculate: str = "auto"  # guess tokens from a request's own text where that pays; or off
     max_slots: int = 32  # sequences in one step
     step_tokens: int = 128  # tokens in one step, decodes and prompt chunks together
     max_context: int = 0  # prompt and output of one request; 0: the model's, at most 8192
@@ -118,6 +120,9 @@ def _check_values(settings: Settings) -> None:
     engine, kv = settings.engine, settings.kv
     if settings.model.dtype not in DTYPES:
         raise ConfigError(f"model.dtype is one of {', '.join(DTYPES)}, not {settings.model.dtype}")
+    if engine.speculate not in SPECULATE:
+        choices = ", ".join(SPECULATE)
+        raise ConfigError(f"engine.speculate is one of {choices}, not {engine.speculate}")
     lowest = {
         "kv.pages": (kv.pages, 0),
         "kv.page_size": (kv.page_size, 1),

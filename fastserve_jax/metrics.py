@@ -222,6 +222,8 @@ class Metrics(Collector):
             ("prefix_cache_queries_total", "Prompt tokens looked up.", stats.prefix_query_tokens),
             ("prefix_cache_hits_total", "Prompt tokens found.", stats.prefix_hit_tokens),
             ("computed_tokens_total", "Positions run, repeats included.", stats.computed_tokens),
+            ("spec_decode_num_draft_tokens_total", "Tokens guessed.", stats.guessed_tokens),
+            ("spec_decode_num_accepted_tokens_total", "Guessed right.", stats.accepted_tokens),
             ("engine_steps_total", "Steps committed.", stats.steps),
             ("engine_busy_seconds_total", "Time in steps.", stats.busy_s),
             *_swapping(stats),

@@ -69,6 +69,22 @@ class _Slot:
     tokens: list[int]  # known, and sampled since
     chains: list[int] = field(default_factory=list)  # of the first len(chains) tokens
     table: list[int] = field(default_factory=list)
+    guessed_at: int = -1  # where the last work started, if it had guesses
+
+    def begin(self, work: Work) -> None:
+        """The first token of work is known: behind guesses, all before it were kept."""
+        if self.guessed_at >= 0:
+            assert self.guessed_at < work.start < len(self.tokens), "kept nothing, or too much"
+            self.cut(work.start + 1)
+        self.guessed_at = work.start if work.guesses else -1
+        if work.guesses:
+            assert work.count == 1 + len(work.guesses), "guesses stand behind one known token"
+            assert work.samples, "guesses for nothing"
+            assert work.start + 1 == len(self.tokens), "guesses for tokens that are there"
+            self.tokens += work.guesses
+
+    def cut(self, end: int) -> None:
+        del self.tokens[end:], self.chains[end:]
 
     def chain(self, position: int) -> int:
         """The right chain at `position`, from the tokens alone; -1 gives the start."""
@@ -119,6 +135,7 @@ class FakeDevice:
         for work in plan.work:
             slot = self._slots[work.slot]
             assert slot.admission.request_id == work.request_id, "the slot is another's"
+            slot.begin(work)
             assert work.start + work.count <= len(slot.tokens), "an input is not on the device"
             self.positions_run += work.count
             if self._checking:
@@ -131,14 +148,17 @@ class FakeDevice:
         if self._checking:
             for work in plan.work:
                 self._read(self._slots[work.slot], work)
-        sampled = {
-            w.request_id: self._sample(self._slots[w.slot], w) for w in plan.work if w.samples
-        }
-        return StepResult(sampled, scored)
+        drawn = {w.request_id: self._sample(self._slots[w.slot], w) for w in plan.work if w.samples}
+        sampled = {request_id: first for request_id, (first, *_) in drawn.items()}
+        behind = {w.request_id: tuple(drawn[w.request_id][1:]) for w in plan.work if w.guesses}
+        return StepResult(sampled, scored, behind)
 
     def _check(self, plan: Plan) -> None:
         limits, counts = self._limits, [work.count for work in plan.work]
         assert plan.step == self.steps, "a step is lost or twice here"
+        assert plan.guesses == sum(len(work.guesses) for work in plan.work)
+        drawn = sum(1 + len(work.guesses) for work in plan.work if work.samples)
+        assert drawn <= limits.step_samples, "too many tokens drawn"
         assert counts or plan.swap_out or plan.swap_in, "an empty plan"
         assert all(counts), "a row of nothing"
         assert sum(counts) <= limits.step_tokens, "over the token budget"
@@ -192,18 +212,24 @@ class FakeDevice:
         for position in range(work.start + 1, end):
             yield Scored(position, score(slot.chain(position - 1), slot.tokens[position]), ())
 
-    def _sample(self, slot: _Slot, work: Work) -> Sampled:
+    def _sample(self, slot: _Slot, work: Work) -> list[Sampled]:
         end = work.start + work.count
         assert end == len(slot.tokens), "samples before its last token"
+        first = end - len(work.guesses)
+        drawn = [self._draw(slot, work, position) for position in range(first, end + 1)]
+        slot.cut(first)
+        slot.tokens += [token for token, _ in drawn]
+        return [sampled for _, sampled in drawn]
+
+    def _draw(self, slot: _Slot, work: Work, end: int) -> tuple[int, Sampled]:
         outputs = end - slot.admission.prompt_tokens
         sampling = slot.admission.sampling
         token = next_token(slot.chain(end - 1), end, sampling, outputs, self._vocab)
-        slot.tokens.append(token)
         if (work.request_id, outputs) in self._nan:
-            return Sampled(None)
+            return token, Sampled(None)
         if sampling.logprobs is None:
-            return Sampled(token)
-        return Sampled(token, -0.5, ((token, -0.5),) * sampling.logprobs)
+            return token, Sampled(token)
+        return token, Sampled(token, -0.5, ((token, -0.5),) * sampling.logprobs)
 
 
 class FakeRunner:

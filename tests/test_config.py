@@ -51,6 +51,7 @@ def test_a_bare_word_is_a_string():
         ("kv.page_size=0", "at least 1"),
         ("kv.host_pages=-2", "at least -1"),
         ("engine.step_tokens=8", "at least 32"),
+        ("engine.speculate=always", "auto, off"),
         ("model.dtype=int3", "auto, bf16, int8, f32"),
         ("server.port=70000", "65535"),
         ("server.port=true", "server.port"),

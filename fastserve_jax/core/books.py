@@ -114,8 +114,8 @@ class Books:
         seq.charged = max(seq.charged, seq.computed)
         self.running[seq.id] = seq
 
-    def grow(self, seq: Sequence) -> None:
-        seq.pages += self.index.take(1, self.last)
+    def grow(self, seq: Sequence, pages: int = 1) -> None:
+        seq.pages += self.index.take(pages, self.last)
 
     def share_full_pages(self, seq: Sequence) -> None:
         """Offer the pages that `computed` now fills."""
@@ -151,7 +151,7 @@ class Books:
         del self.running[seq.id]
         self.index.release(seq.pages, keeper)
         self.free_slots.append(seq.slot)
-        seq.pages, seq.slot = [], -1
+        seq.pages, seq.slot, seq.lookup = [], -1, None
         seq.planned = seq.computed = seq.sent_pages = seq.indexed_pages = 0
 
     def end(self, seq: Sequence, reason: Finish) -> None:

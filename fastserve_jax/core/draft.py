@@ -14,6 +14,7 @@ from .books import Books, Match
 from .cost import QUERY_BLOCK, CostModel, StepLoad
 from .ordering import Policy
 from .sequence import Sequence, by_rank
+from .speculate import Guesses, Speculation
 from .types import Admission, Plan, Work
 
 _LOOK_AHEAD = 64  # waiting sequences passed over for want of pages before a step stops looking
@@ -21,14 +22,22 @@ _COPY_SHARE = 0.05  # of a step's time that copies ahead of need may add where n
 
 
 class Draft:
-    """Filled once by `make`, then thrown away."""
+    """Filled once by `make`, then thrown away. `speculation` guesses for rows; None: nobody."""
 
-    def __init__(self, books: Books, policy: Policy, cost: CostModel, now: float) -> None:
+    def __init__(
+        self,
+        books: Books,
+        policy: Policy,
+        cost: CostModel,
+        now: float,
+        speculation: Speculation | None = None,
+    ) -> None:
         self._books = books
         self._limits = books.limits
         self._policy = policy
         self._cost = cost
         self._now = now
+        self._speculation = speculation
         self._rows: dict[int, Sequence] = {}  # run one token each
         self._prefills: list[Sequence] = []
         self._chunks: list[tuple[Sequence, int]] = []
@@ -58,16 +67,20 @@ class Draft:
             self._books.queue(seq)
         if self._limits.host_pages and self._policy.swaps:
             self._write_behind()
-        rows = [self._work(seq, 1) for seq in self._rows.values()]
+        guesses = self._guess() if self._rows and self._speculation is not None else {}
+        singles = (seq for seq in self._rows.values() if seq.id not in guesses)
+        rows = [self._work(seq, 1) for seq in singles]
         rows += [self._work(seq, count) for seq, count in self._chunks if count == 1]
         ones = len(rows)
+        rows += [self._work(self._rows[id], 1, guessed) for id, guessed in guesses.items()]
         rows += [self._work(seq, count) for seq, count in self._chunks if count > 1]
         swap_out, swap_in = self._books.take_swaps()
         if not rows and not swap_out and not swap_in:
             return None
-        prefill_tokens = len(self._rows) + self._chunk_tokens - ones
+        ahead = sum(map(len, guesses.values()))
+        prefill_tokens = len(self._rows) + self._chunk_tokens + ahead - ones
         load = StepLoad(prefill_tokens, ones, self._kv_tokens, len(swap_out), len(swap_in))
-        return Plan(step, tuple(self._admissions), tuple(rows), swap_out, swap_in, load)
+        return Plan(step, tuple(self._admissions), tuple(rows), swap_out, swap_in, load, ahead)
 
     @property
     def _budget(self) -> int:
@@ -101,6 +114,29 @@ class Draft:
                 self._books.grow(seq)
             else:
                 del self._rows[seq.id]
+
+    # Tokens ahead of what is known
+
+    def _guess(self) -> Guesses:
+        """What rows run beside their token, in what is left of the budget and of nobody's pages."""
+        assert self._speculation is not None
+        drawn = len(self._rows) + len(self._chunks)
+        room = min(self._budget, self._limits.step_samples - drawn)
+        if room <= 0:
+            return {}
+        rows = list(self._rows.values())
+        load = StepLoad(self._chunk_tokens, len(rows), sum(seq.planned + 1 for seq in rows))
+        guesses: Guesses = {}
+        for seq_id, guessed in self._speculation.choose(rows, load, room).items():
+            seq = self._rows[seq_id]
+            lacking = self._limits.pages_for(seq.planned + 1 + len(guessed)) - len(seq.pages)
+            most = max(0, self._books.index.disposable - self._policy.reserve_pages)
+            if min(lacking, most) > 0:
+                self._books.grow(seq, min(lacking, most))
+            fits = len(seq.pages) * self._limits.page_size - seq.planned - 1
+            if fits > 0:
+                guesses[seq_id] = guessed[:fits]
+        return guesses
 
     # Prompt chunks and admissions
 
@@ -341,7 +377,7 @@ class Draft:
         left_s -= cost.move_s(len(books.swap_out), len(books.swap_in))
         return int(min(max(left_s / page_s, 0.0), self._limits.num_pages))
 
-    def _work(self, seq: Sequence, count: int) -> Work:
+    def _work(self, seq: Sequence, count: int, guesses: tuple[int, ...] = ()) -> Work:
         start, first_page = seq.planned, seq.sent_pages
         end = seq.planned = start + count
         known = len(seq.tokens) + seq.pending
@@ -349,9 +385,12 @@ class Draft:
         seq.in_flight += 1
         if samples:
             seq.pending += 1
+        if guesses:  # run, and not counted on
+            count += len(guesses)
+            end += len(guesses)
         self._kv_tokens += end if count == 1 else end * -(-count // QUERY_BLOCK)
         pages: tuple[int, ...] = ()
         if first_page * self._limits.page_size < end:
             seq.sent_pages = self._limits.pages_for(end)
             pages = tuple(seq.pages[first_page : seq.sent_pages])
-        return Work(seq.id, seq.slot, start, count, first_page, pages, samples)
+        return Work(seq.id, seq.slot, start, count, first_page, pages, samples, guesses)

@@ -1,7 +1,8 @@
 """The pure core: submit, cancel and expire in; plans down; results in; events up.
 
 No clock, I/O, arrays or randomness: time arrives as `now`. One object serves production and
-simulation. One plan may be made while another is in flight; they are committed in order.
+simulation. One plan may be made while another is in flight; they are committed in order. Behind
+guesses none is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from .cost import CostModel
 from .draft import Draft
 from .ordering import Policy
 from .sequence import Limits, Sequence
+from .speculate import Speculation
 from .stats import Stats
 from .types import (
     DoneEvent,
@@ -43,6 +45,7 @@ class Scheduler:
         self.limits = limits
         self.cost = cost or CostModel()
         self._policy = policy
+        self._speculation = Speculation(limits, self.cost) if limits.guesses else None
         self._books = Books(limits)
         self._books.saves = self._is_worth_a_copy
         self._now = 0.0
@@ -54,6 +57,7 @@ class Scheduler:
         self._submitted = self._rejected = self._finished = self._preemptions = 0
         self._prefix_query_tokens = self._prefix_hit_tokens = 0
         self._computed_tokens = self._output_tokens = 0
+        self._guessed_tokens = self._accepted_tokens = 0
         self._busy_s = self._stall_s = 0.0
         self._pages_out = self._pages_in = 0
         self._host_hit_tokens = self._recomputed_tokens = 0
@@ -143,13 +147,20 @@ class Scheduler:
         """
         assert len(self._plans) < _MOST_IN_FLIGHT, "commit the oldest plan first"
         self._now = now
+        speculation = self._speculation
+        if self._plans and speculation is not None:
+            if speculation.waits(self._plans[-1], self._books.running.values()):
+                return None
+            speculation = None  # for guesses all tokens must be known
         for seq in self._policy.due(now, self._books.index.disposable):
             self._books.queue(seq)
-        draft = Draft(self._books, self._policy, self.cost, now)
+        draft = Draft(self._books, self._policy, self.cost, now, speculation)
         plan = draft.make(self._step)
         self._preemptions += draft.preemptions
         if plan is None:
             return None
+        if self._speculation is not None:
+            self._speculation.planned(plan, now)
         for admission in plan.admissions:
             self._prefix_query_tokens += len(admission.tokens)
         self._prefix_hit_tokens += draft.hit_tokens
@@ -167,7 +178,11 @@ class Scheduler:
         self._plans.popleft()
         self._now = now
         stall_s = self.cost.stall_s(plan.load)
-        self.cost.observe(plan.load, elapsed_s)
+        if self._speculation is not None:
+            rows = [self._books.sequences[work.request_id] for work in plan.work]
+            self._speculation.learn(plan, rows, elapsed_s, now)
+        if not plan.guesses:  # or it would forget what a step without them takes
+            self.cost.observe(plan.load, elapsed_s)
         self._policy.step(elapsed_s, stall_s, now)
         self._busy_s += elapsed_s
         self._stall_s += stall_s
@@ -179,7 +194,8 @@ class Scheduler:
             if work.samples:
                 seq.pending -= 1
             if seq.finish is None:
-                self._book(seq, work, result, elapsed_s, events)
+                book = self._book_guesses if work.guesses else self._book
+                book(seq, work, result, elapsed_s, events)
             if not seq.in_flight and seq.slot < 0 and books.landed(seq):
                 self._policy.wait(seq, now)
                 books.queue(seq)
@@ -210,6 +226,29 @@ class Scheduler:
             self._sample(seq, result.sampled[seq.id], events)
         elif seq.limit == seq.prompt_tokens == end:
             events.append(self._end(seq, Finish.LENGTH))
+
+    def _book_guesses(
+        self, seq: Sequence, work: Work, result: StepResult, elapsed_s: float, events: list[Event]
+    ) -> None:
+        """As if each token that counts had come of a step of its own."""
+        kept = [result.sampled[seq.id]]
+        for guess, after in zip(work.guesses, result.behind[seq.id], strict=True):
+            if kept[-1].token != guess or guess in seq.stop_ids:
+                break
+            kept.append(after)
+        self._computed_tokens += work.count
+        self._guessed_tokens += len(work.guesses)
+        self._accepted_tokens += len(kept) - 1
+        assert seq.computed == work.start, f"request {seq.id}: {seq.computed}, {work.start}"
+        for count, sampled in enumerate(kept, 1):
+            if count == len(kept):  # the last may end it, and what it computed is worth sharing
+                seq.computed = seq.planned = work.start + count
+                if seq.computed >= seq.next_full:
+                    self._books.share_full_pages(seq)
+            if work.start + count > seq.charged:
+                seq.charged = work.start + count
+                self._policy.charge(seq, 1, elapsed_s / len(kept))
+            self._sample(seq, sampled, events)
 
     def _score(self, seq: Sequence, result: StepResult, events: list[Event]) -> None:
         """Pass on what has not been told; a preempted prompt is scored again."""
@@ -257,6 +296,8 @@ class Scheduler:
             prefix_hit_tokens=self._prefix_hit_tokens,
             computed_tokens=self._computed_tokens,
             output_tokens=self._output_tokens,
+            guessed_tokens=self._guessed_tokens,
+            accepted_tokens=self._accepted_tokens,
             steps=self._step,
             busy_s=self._busy_s,
             stall_s=self._stall_s,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from operator import attrgetter
 
 from ..errors import ConfigError
+from .lookup import Lookup
 from .types import LEGAL_MOVES, Finish, Phase, Request
 
 # (level, priority, what the policy orders by, turn): smaller goes first; turns are unique
@@ -27,10 +28,11 @@ class Limits:
     max_context: int = 4096  # tokens of prompt and output of one request
     max_queue: int = 1024  # requests waiting for a slot
     max_live: int = 2048  # requests waiting, running or ending
+    guesses: int = 0  # tokens that one sequence may run ahead of what is known; 0: none
 
     def __post_init__(self) -> None:
         for limit in fields(self):
-            least = 0 if limit.name == "host_pages" else 1
+            least = 0 if limit.name in ("host_pages", "guesses") else 1
             if getattr(self, limit.name) < least:
                 raise ConfigError(f"{limit.name} must be at least {least}", param=limit.name)
         if self.step_tokens < self.max_slots:
@@ -39,6 +41,11 @@ class Limits:
                 "every running sequence needs room for one token in a step",
                 param="step_tokens",
             )
+
+    @property
+    def step_samples(self) -> int:
+        """Tokens that may be drawn in one step."""
+        return max(self.max_slots, 1 + self.guesses)
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
@@ -77,19 +84,26 @@ class Sequence:
     next_scored: int = 1  # first prompt position whose log-probability is still owed
     charged: int = 0  # positions that it has had; what is computed again below is not charged
     fetched: int = 0  # positions brought from host memory since it last entered
+    lookup: Lookup | None = None  # of what comes next, while it runs and is worth guessing
     # derived once, read for every token
     id: int = field(init=False)
     prompt_tokens: int = field(init=False)
     limit: int = field(init=False)  # tokens of prompt and longest output
     target: int = field(init=False)  # positions that are ever run: the last token never is
     stop_ids: frozenset[int] = field(init=False)
+    is_plain: bool = field(init=False)  # of each position only the best token is asked for
 
     def __post_init__(self) -> None:
         self.id = self.request.id
         self.prompt_tokens = len(self.request.prompt)
         self.limit = self.prompt_tokens + self.request.sampling.max_tokens
         self.target = max(self.prompt_tokens, self.limit - 1)
-        self.stop_ids = self.request.sampling.stop_ids
+        rules = self.request.sampling
+        self.stop_ids = rules.stop_ids
+        penalised = rules.repetition_penalty != 1 or rules.presence_penalty != 0
+        penalised |= rules.frequency_penalty != 0
+        shaped = penalised or bool(rules.logit_bias) or rules.min_tokens > 0
+        self.is_plain = not (shaped or rules.temperature > 0 or rules.logprobs is not None)
 
     @property
     def output_tokens(self) -> int:

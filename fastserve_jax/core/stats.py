@@ -24,6 +24,8 @@ class Stats:
     prefix_hit_tokens: int = 0  # of them, found in the cache
     computed_tokens: int = 0  # positions run, recomputed ones included
     output_tokens: int = 0
+    guessed_tokens: int = 0  # run before they were known
+    accepted_tokens: int = 0  # of them, drawn as guessed
     steps: int = 0
     busy_s: float = 0.0
     stall_s: float = 0.0  # of it, by which copies made steps longer, as the cost model has it

@@ -89,6 +89,9 @@ class Work:
     The tokens themselves are on the device already: the admission brought the known ones, and
     every sampled token was written behind them. `pages` are the slot's new pages, to stand at
     `first_page` and after in its page table; earlier entries are unchanged.
+
+    The last tokens may be `guesses`, brought with the work: then a token is drawn before each of
+    them too, and those drawn behind the first wrong guess mean nothing.
     """
 
     request_id: int
@@ -98,6 +101,7 @@ class Work:
     first_page: int
     pages: tuple[int, ...]
     samples: bool  # the last of these tokens is followed by a new one
+    guesses: tuple[int, ...] = ()
 
 
 _NO_LOAD = StepLoad()
@@ -118,6 +122,7 @@ class Plan:
     swap_out: Copies = ()  # device page, host page
     swap_in: Copies = ()  # host page, device page
     load: StepLoad = _NO_LOAD  # what it weighs, for the cost model
+    guesses: int = 0  # in all its work
 
 
 TopLogprobs = tuple[tuple[int, float], ...]  # (token, logprob), best first
@@ -145,8 +150,9 @@ class Scored:
 class StepResult:
     """What came of a plan, by request id."""
 
-    sampled: Mapping[int, Sampled]
+    sampled: Mapping[int, Sampled]  # the first, where there were guesses
     scored: Mapping[int, tuple[Scored, ...]] = field(default_factory=dict)
+    behind: Mapping[int, tuple[Sampled, ...]] = field(default_factory=dict)  # after each guess
 
 
 class Finish(enum.Enum):

@@ -104,6 +104,8 @@ class DeviceRunner:
         done = self._swap(plan)
         for admission in plan.admissions:
             self._admit(admission)
+        if plan.guesses:
+            self._guess(plan.work)
         return self._launch(plan.work) if plan.work else _Pending(done, None, (), None, ())
 
     def _swap(self, plan: Plan) -> jax.Array | None:
@@ -120,6 +122,21 @@ class DeviceRunner:
         row = sampling.slot_row(admission, self.shape.max_context, self._config.vocab_size)
         self._state = self._programs["admit"](self._state, np.int32(admission.slot), row)
         self._given[admission.slot] = _Given(admission.prompt_tokens, admission.sampling)
+
+    def _guess(self, works: tuple[Work, ...]) -> None:
+        """Forward reads its tokens in the histories, and sampling what stands before each."""
+        rows = self.shape.row_buckets[-1]
+        slots, positions, tokens = np.full((3, rows), self.shape.max_slots, np.int32)
+        at = 0
+        for work in works:
+            if not work.guesses:
+                continue
+            end = at + len(work.guesses)
+            slots[at:end], tokens[at:end] = work.slot, work.guesses
+            positions[at:end] = range(work.start + 1, work.start + work.count)
+            at = end
+        history = self._programs["guess"](self._state.history, slots, positions, tokens)
+        self._state = self._state._replace(history=history)
 
     def _launch(self, works: tuple[Work, ...]) -> _Pending:
         batch, tokens = self._batch(works)
@@ -150,17 +167,22 @@ class DeviceRunner:
     def _sample(
         self, works: tuple[Work, ...], batch: Batch, hidden: jax.Array
     ) -> tuple[Drawn | None, tuple[tuple[int, Sampling], ...]]:
-        ending = [(row, work) for row, work in enumerate(works) if work.samples]
+        """One token behind the last known one, and one behind each guess."""
+        ending = [
+            (int(batch.cu_q_lens[row + 1]) - 1 - back, work.start + work.count - back, work)
+            for row, work in enumerate(works)
+            if work.samples
+            for back in range(len(work.guesses), -1, -1)
+        ]
         if not ending:
             return None, ()
         bucket = _bucket(self.shape.row_buckets, len(ending))
         rows = _empty_rows(bucket, self.shape.max_slots)
-        for i, (row, work) in enumerate(ending):
-            rows.hidden[i] = batch.cu_q_lens[row + 1] - 1
-            rows.slots[i], rows.positions[i] = work.slot, work.start + work.count
+        for i, (at, position, work) in enumerate(ending):
+            rows.hidden[i], rows.slots[i], rows.positions[i] = at, work.slot, position
         sample = self._programs[f"sample[{bucket}]"]
         self._state, drawn = sample(self._head, self._state, hidden, rows)
-        return drawn, tuple((w.request_id, self._given[w.slot].sampling) for _, w in ending)
+        return drawn, tuple((w.request_id, self._given[w.slot].sampling) for *_, w in ending)
 
     def _score(
         self, works: tuple[Work, ...], batch: Batch, hidden: jax.Array
@@ -196,7 +218,7 @@ def _empty_rows(count: int, slot: int) -> Rows:
 
 def _fetch(pending: _Pending) -> StepResult:
     """On the worker thread: wait for the step, and turn its arrays into plain values."""
-    sampled: dict[int, Sampled] = {}
+    drawn: dict[int, list[Sampled]] = {}
     scored: dict[int, list[Scored]] = {}
     if pending.drawn is None:
         if pending.done is not None:
@@ -207,17 +229,20 @@ def _fetch(pending: _Pending) -> StepResult:
         lists = _lists(pending.drawn[1:]) if wanted else ()
         for row, (request_id, rules) in enumerate(pending.sampled):
             token = tokens[row] if tokens[row] >= 0 else None
-            if rules.logprobs is None or token is None:
-                sampled[request_id] = Sampled(token)
-            else:
-                logprob, top = _logprobs(lists, row, rules.logprobs)
-                sampled[request_id] = Sampled(token, logprob, top)
+            sampled = Sampled(token)
+            if rules.logprobs is not None and token is not None:
+                sampled = Sampled(token, *_logprobs(lists, row, rules.logprobs))
+            drawn.setdefault(request_id, []).append(sampled)
     if pending.scores is not None:
         lists = _lists(pending.scores)
         for row, (request_id, position, count) in enumerate(pending.scored):
             logprob, top = _logprobs(lists, row, count)
             scored.setdefault(request_id, []).append(Scored(position, logprob, top))
-    return StepResult(sampled, {request_id: tuple(s) for request_id, s in scored.items()})
+    return StepResult(
+        {request_id: first for request_id, (first, *_) in drawn.items()},
+        {request_id: tuple(s) for request_id, s in scored.items()},
+        {request_id: tuple(rest) for request_id, (_, *rest) in drawn.items() if rest},
+    )
 
 
 def _lists(arrays: tuple[jax.Array, ...]) -> tuple[list[Any], ...]:

@@ -4,6 +4,7 @@
     forward[tokens]  new tokens through the decoder; keys and values into their pages
     sample[rows]     head and draw for the rows that end a sequence; the token goes to its history
     score            head and log-probabilities for prompt tokens, in blocks, any number
+    guess            tokens that may come are put into histories; where any are guessed
     swap_out, _in    where there is a host tier: see host.py
 
 Tokens are read from the slots' histories and drawn ones written back there, so a step follows
@@ -51,6 +52,7 @@ class StepShape:
     page_size: int
     num_pages: int
     host_pages: int = 0  # 0: no host tier
+    guesses: int = 0  # tokens that a row may run ahead of what is known; 0: none
 
     @property
     def pages_per_row(self) -> int:
@@ -62,7 +64,7 @@ class StepShape:
 
     @property
     def row_buckets(self) -> tuple[int, ...]:
-        return buckets(self.max_slots)
+        return buckets(max(self.max_slots, 1 + self.guesses))
 
     def layout(self, config: ModelConfig) -> KVLayout:
         return KVLayout(self.num_pages, config.num_kv_heads, self.page_size, config.head_dim)
@@ -115,7 +117,7 @@ for _kind in (SlotState, Drawn, Scores):  # what comes out of programs that are 
 
 @dataclass(frozen=True)
 class Steps:
-    """The four functions of one model, to be compiled; pure but for what is donated."""
+    """The functions of one model, to be compiled; pure but for what is donated."""
 
     graph: nnx.GraphDef[Decoder]
     config: ModelConfig
@@ -177,6 +179,13 @@ class Steps:
         return scores
 
 
+def guess(
+    history: jax.Array, slots: jax.Array, positions: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    """Tokens that may come, each at its place; padding: slot too big."""
+    return history.at[slots, positions].set(tokens, mode="drop")
+
+
 def programs(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[Program]:
     """Every one; those that compile longest first.
 
@@ -216,6 +225,9 @@ def programs(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[Program]
 
     rows = Rows(*[ints(shape.step_tokens)] * 3)
     yield Program("score", steps.score, (head, state.history, hidden, rows, ints()))
+    if shape.guesses:
+        guessed = [ints(shape.row_buckets[-1])] * 3
+        yield Program("guess", guess, (state.history, *guessed), donated=(0,))
     slot_row = tuple(like(x.shape[1:], x.dtype) for x in state)
     yield Program("admit", sampling.admit, (state, ints(), slot_row), donated=(0,))
     yield from swap_programs(shape.host_layout(config), kv_pages, jax.devices()[0])

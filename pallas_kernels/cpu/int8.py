@@ -34,7 +34,7 @@ def int8_matmul(
     `scale` [outputs] -> [rows, outputs] float32; rows from `live` (int32 scalar) on are zeros.
 
     norm      what x goes through first
-    gate      "gelu_tanh" or "silu": x is [rows, 2 size], and the product takes gate(left half) * right
+    gate      "gelu_tanh" or "silu": x is [rows, 2 size], and gate(left half) * right is taken
     add       [rows, outputs], added to the product
     add_norm  what the product goes through before that
     """

@@ -24,7 +24,7 @@ from fastserve_jax.core.types import (
     TokenEvent,
 )
 from fastserve_jax.errors import FastServeError
-from tests.fakes import FakeDevice, alone
+from tests.fakes import VOCAB, FakeDevice, alone
 
 
 class Driver:
@@ -32,6 +32,7 @@ class Driver:
     however long a step is said to take.
 
     Copies cost next to nothing unless `cost` says otherwise. Only oracles are told of lengths.
+    `vocab` different tokens are drawn: with few, a text often repeats what it said before.
     """
 
     def __init__(
@@ -43,13 +44,15 @@ class Driver:
         nan: Collection[tuple[int, int]] = (),
         cost: CostModel | None = None,
         step_s: float = 0.01,
+        vocab: int = VOCAB,
     ) -> None:
         cost = cost or CostModel(page_out_s=1e-6, page_in_s=1e-6, overlaps=True)
         if isinstance(policy, str):
             lengths = self._length if policy in ORACLES else None
             policy = make_policy(policy, limits, cost, lengths)
         self.scheduler = Scheduler(limits, policy, cost)
-        self.device = FakeDevice(limits, nan=nan)
+        self.device = FakeDevice(limits, vocab=vocab, nan=nan)
+        self.vocab = vocab
         self.overlap, self.step_s = overlap, step_s
         self.now = 0.0
         self.in_flight: deque[tuple[Plan, StepResult]] = deque()
@@ -166,7 +169,7 @@ class Driver:
     # Questions
 
     def _length(self, request_id: int) -> float:
-        return len(alone(self.requests[request_id])[0])
+        return len(alone(self.requests[request_id], self.vocab)[0])
 
     def work(self, plan: Plan | None) -> list[tuple[int, int, int]]:
         """(request id, start, count) of each row."""
@@ -175,7 +178,7 @@ class Driver:
     def assert_all_as_alone(self) -> None:
         """Everybody finished got what it gets alone; the others a beginning of it."""
         for request_id, request in self.requests.items():
-            output, reason = alone(request)
+            output, reason = alone(request, self.vocab)
             done = self.done[request_id]
             assert done.output_tokens == len(self.outputs[request_id])
             if done.reason in (Finish.STOP, Finish.LENGTH):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastserve_jax.core.cost import CostModel
 from fastserve_jax.core.mlfq import SkipJoinMLFQ
@@ -26,6 +26,8 @@ COSTS = {
     "slow": CostModel([0.009], (1,), 2e-3, 1e-4, page_out_s=1e-3, page_in_s=1e-3),
     "never": CostModel(page_out_s=1.0, page_in_s=1.0),
 }
+GUESSES = (0, 1, 3, 7)
+VOCABS = (VOCAB, 2)  # of two tokens texts repeat themselves by chance, and guesses are wrong by it
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,11 @@ class Life:
     script: tuple[Move, ...]
     nan: frozenset[tuple[int, int]] = frozenset()
     cost: str = "cheap"
+    vocab: int = VOCAB
 
     def live(self) -> Driver:
         parts = self.limits, self.policy, self.overlap, self.script
-        return live(*parts, nan=self.nan, cost=self.cost)
+        return live(*parts, nan=self.nan, cost=self.cost, vocab=self.vocab)
 
 
 def policy(name: str, limits: Limits) -> str | Policy:
@@ -92,10 +95,12 @@ def live(
     script: Iterable[Move],
     nan: Collection[tuple[int, int]] = (),
     cost: str = "cheap",
+    vocab: int = VOCAB,
 ) -> Driver:
     """Live it to its end; AssertionError where anything is lost, wrong, or never comes."""
     costs = COSTS[cost].copy()
-    driver = Driver(limits, policy(name, limits), overlap=overlap, nan=nan, cost=costs)
+    named = policy(name, limits)
+    driver = Driver(limits, named, overlap=overlap, nan=nan, cost=costs, vocab=vocab)
     for move in script:
         match move:
             case Ask():
@@ -134,8 +139,9 @@ def draw(rng: random.Random) -> Life:
     )
     nan = {(rng.randint(1, 8), rng.randint(0, 6)) for _ in range(rng.choice([0, 0, 0, 3]))}
     script = tuple(_move(rng) for _ in range(rng.randint(4, 60)))
-    overlap, cost = rng.randint(0, 1), rng.choice(list(COSTS))
-    return Life(limits, rng.choice(NAMES), overlap, script, frozenset(nan), cost)
+    overlap, cost, name = rng.randint(0, 1), rng.choice(list(COSTS)), rng.choice(NAMES)
+    limits = replace(limits, guesses=rng.choice(GUESSES))
+    return Life(limits, name, overlap, script, frozenset(nan), cost, rng.choice(VOCABS))
 
 
 def _move(rng: random.Random) -> Move:

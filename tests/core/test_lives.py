@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fastserve_jax.core.scheduler import Limits
 from fastserve_jax.core.types import Finish
 from tests.core.driver import Driver
-from tests.core.lives import COSTS, NAMES, Ask, draw, live, policy
+from tests.core.lives import COSTS, GUESSES, NAMES, VOCABS, Ask, draw, live, policy
 from tests.fakes import VOCAB
 
 asks = st.builds(
@@ -44,7 +44,9 @@ bounds = st.builds(
     host_pages=st.sampled_from([0, 3, 9, 80]),
     max_context=st.just(40),
     max_queue=st.just(8),
+    guesses=st.sampled_from(GUESSES),
 )
+vocabs = st.sampled_from(VOCABS)
 policies = st.sampled_from(NAMES)
 costs = st.sampled_from(list(COSTS))
 
@@ -52,23 +54,23 @@ calm = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCh
 
 
 @calm
-@given(bounds, policies, st.integers(0, 1), st.lists(moves, max_size=60), costs)
-def test_everybody_gets_what_it_gets_alone(limits, name, overlap, script, cost):
-    live(limits, name, overlap, script, cost=cost)
+@given(bounds, policies, st.integers(0, 1), st.lists(moves, max_size=60), costs, vocabs)
+def test_everybody_gets_what_it_gets_alone(limits, name, overlap, script, cost, vocab):
+    live(limits, name, overlap, script, cost=cost, vocab=vocab)
 
 
 @calm
-@given(bounds, policies, st.lists(asks, max_size=12))
-def test_overlap_changes_no_token(limits, name, script):
-    overlapped, plain = (live(limits, name, overlap, script) for overlap in (1, 0))
+@given(bounds, policies, st.lists(asks, max_size=12), vocabs)
+def test_overlap_changes_no_token(limits, name, script, vocab):
+    overlapped, plain = (live(limits, name, overlap, script, vocab=vocab) for overlap in (1, 0))
     assert overlapped.outputs == plain.outputs
     assert overlapped.scored == plain.scored
 
 
 @calm
-@given(bounds, policies, st.lists(moves, max_size=40), costs)
-def test_the_same_life_is_the_same_trace(limits, name, script, cost):
-    once, again = (live(limits, name, 1, script, cost=cost) for _ in range(2))
+@given(bounds, policies, st.lists(moves, max_size=40), costs, vocabs)
+def test_the_same_life_is_the_same_trace(limits, name, script, cost, vocab):
+    once, again = (live(limits, name, 1, script, cost=cost, vocab=vocab) for _ in range(2))
     assert once.plans == again.plans
 
 
@@ -78,9 +80,10 @@ def test_the_same_life_is_the_same_trace(limits, name, script, cost):
     policies,
     st.lists(moves, max_size=40),
     st.sets(st.tuples(st.integers(1, 8), st.integers(0, 6)), max_size=4),
+    vocabs,
 )
-def test_bad_numbers_end_only_their_own_request(limits, name, script, nan):
-    driver = live(limits, name, 1, script, nan)
+def test_bad_numbers_end_only_their_own_request(limits, name, script, nan, vocab):
+    driver = live(limits, name, 1, script, nan, vocab=vocab)
     for request_id, done in driver.done.items():
         if done.reason is Finish.ERROR:
             assert (request_id, done.output_tokens) in nan
@@ -120,7 +123,7 @@ def test_in_these_lives_everything_happens():
     for seed in range(300):
         driver = draw(random.Random(seed)).live()
         stats = driver.scheduler.stats()
-        for name in ("preemptions", "pages_out", "pages_in", "host_hit_tokens"):
+        for name in ("preemptions", "pages_out", "pages_in", "host_hit_tokens", "accepted_tokens"):
             seen[name] += getattr(stats, name)
         seen["recomputed_tokens"] += stats.recomputed_tokens
         seen["cached_tokens"] += sum(started.cached_tokens for started in driver.started.values())
@@ -130,9 +133,11 @@ def test_in_these_lives_everything_happens():
         seen["written_behind"] += sum(bool(p.swap_out) and not p.admissions for p in driver.plans)
         seen["copies_alone"] += sum(not plan.work for plan in driver.plans)
         seen.update(done.reason for done in driver.done.values())
-        known = stats.computed_tokens - stats.recomputed_tokens
+        wrong = stats.guessed_tokens - stats.accepted_tokens
+        seen["wrong_tokens"] += wrong
+        known = stats.computed_tokens - stats.recomputed_tokens - wrong
         assert known <= sum(len(r.prompt) + r.sampling.max_tokens for r in driver.requests.values())
     assert set(Finish) <= seen.keys()
     counts = {name: count for name, count in seen.items() if isinstance(name, str)}
-    assert len(counts) == 10
+    assert len(counts) == 12
     assert min(counts.values()) > 0, counts

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import pytest
 
@@ -28,9 +29,18 @@ LIMITS = Limits(page_size=4, num_pages=48, max_slots=8, step_tokens=24, max_cont
 class House:
     """An engine with everything a test wants to look at."""
 
-    def __init__(self, limits=LIMITS, policy="fcfs", *, overlap=True, delay_s=0.0, fail_at=None):
+    def __init__(
+        self,
+        limits=LIMITS,
+        policy="fcfs",
+        *,
+        overlap=True,
+        delay_s=0.0,
+        fail_at=None,
+        vocab=VOCAB,
+    ):
         self.scheduler = Scheduler(limits, make_policy(policy, limits, CostModel()))
-        self.device = FakeDevice(limits)
+        self.device = FakeDevice(limits, vocab=vocab)
         self.runner = FakeRunner(self.device, delay_s=delay_s, fail_at=fail_at)
         self.records = []
         self.engine = Engine(
@@ -367,3 +377,27 @@ async def test_an_engine_that_was_not_started_refuses():
     house = House()
     with pytest.raises(EngineFailed, match="not running"):
         await house.ask(house.request())
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("delay_s", [0.0, 0.0005])
+async def test_while_tokens_are_waited_for_nothing_is_asked_again_and_again(overlap, delay_s):
+    house = House(replace(LIMITS, guesses=7), overlap=overlap, delay_s=delay_s, vocab=2)
+    asked, plan = 0, house.scheduler.plan
+
+    def counted(now):
+        nonlocal asked
+        asked += 1
+        return plan(now)
+
+    house.scheduler.plan = counted
+    async with house:
+        requests = [house.request([0, 1] * 8, 30, seed=seed) for seed in range(3)]
+        for got, request in zip(
+            await asyncio.gather(*map(house.ask, requests)), requests, strict=True
+        ):
+            assert got == alone(request, 2)
+        await house.assert_empty()
+        stats = house.engine.stats()
+    assert 0 < stats.accepted_tokens < stats.guessed_tokens
+    assert asked <= 2 * stats.steps + 4

@@ -175,7 +175,7 @@ def test_attention_stores_and_mixes_as_the_oracle_does(case, normed, turned):
     assert np.isfinite(mixed).all()
     assert not mixed[used:].any()
     ours, theirs = (np.asarray(x, np.float32) for x in (pages, wanted_pages))
-    assert (np.isnan(ours) == np.isnan(theirs)).all(), "stored where it should not be, or not stored"
+    assert (np.isnan(ours) == np.isnan(theirs)).all(), "stored elsewhere"
     # One unit of bfloat16's last place, where the two roundings of a sum differ.
     assert np.nanmax(np.abs(ours - theirs) / (np.abs(theirs) + 0.1)) < 2**-7
 

@@ -1,5 +1,7 @@
 """The cost model that is measured: against a runner whose costs are known, and on a real one."""
 
+from dataclasses import replace
+
 import pytest
 
 from fastserve_jax.core.cost import QUERY_BLOCK, CostModel, StepLoad
@@ -104,7 +106,7 @@ SMALL = StepShape(max_slots=3, step_tokens=5, max_context=9, page_size=4, num_pa
 @pytest.mark.parametrize("host_pages", [0, 1, 2, 70])
 @pytest.mark.parametrize("shape", [SHAPE, SMALL, StepShape(2, 2, 8, 4, 2)], ids=str)
 def test_plans_keep_to_the_shape(shape, host_pages):
-    shape = StepShape(*[getattr(shape, name) for name in list(shape.__slots__)[:-1]], host_pages)
+    shape = replace(shape, host_pages=host_pages)
     runner = KnownRunner(shape, TRUTH)
     found = calibrate(runner, budget_s=2, clock=runner.clock)
     for plan in runner.plans:

@@ -14,6 +14,7 @@ PROMISED = {
     *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info"),
     *("prompt_tokens", "generation_tokens", "request_success", "num_preemptions"),
     *("prefix_cache_queries", "prefix_cache_hits", "admission_rejections"),
+    *("spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"),
     *("websocket_connections_active", "websocket_connections", "slow_readers_dropped"),
     *HISTOGRAMS,
 }
