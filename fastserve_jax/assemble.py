@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -22,12 +21,15 @@ from fastserve_jax.api.sampling import Defaults
 from fastserve_jax.config import EngineSettings, ModelSettings, Settings
 from fastserve_jax.core.cost import CostModel
 from fastserve_jax.core.policy import make_policy
+from fastserve_jax.core.proposal import DraftCost
 from fastserve_jax.core.scheduler import Limits, Scheduler
+from fastserve_jax.draft_model import DraftModel, measure_draft, open_draft, plan_draft
 from fastserve_jax.engine import Engine, StepRecord
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import State, abstract, fill, parameters
 from fastserve_jax.models.precision import Precision
 from fastserve_jax.runtime.compile import Compiled, compile_all, keep_compiled
+from fastserve_jax.runtime.drafter import Drafter, empty_draft_pages
 from fastserve_jax.runtime.host import empty_host_pages
 from fastserve_jax.runtime.measured import measured
 from fastserve_jax.runtime.memory import (
@@ -38,6 +40,7 @@ from fastserve_jax.runtime.memory import (
     plan_memory,
 )
 from fastserve_jax.runtime.runner import DeviceRunner
+from fastserve_jax.runtime.shapes import Program
 from fastserve_jax.runtime.step import Steps, StepShape, empty_pages, programs
 from fastserve_jax.runtime.traced import lower_kept
 from fastserve_jax.text.chat import ChatTemplate
@@ -87,12 +90,14 @@ class Loaded:
     programs: int
     settings: Settings
     cost: CostModel  # of its steps, as measured here
+    draft_cost: DraftCost | None = None  # of a draft model, where there is one
 
     def scheduler(self, policy: str | None = None) -> Scheduler:
         """A new one, with nobody in it; `policy` None takes the setting."""
         cost = self.cost.copy()
         made = make_policy(policy or self.settings.engine.policy, self.limits, cost)
-        return Scheduler(self.limits, made, cost)
+        draft_cost = None if self.draft_cost is None else self.draft_cost.copy()
+        return Scheduler(self.limits, made, cost, draft_cost)
 
     def engine(
         self,
@@ -121,7 +126,8 @@ def load(
     dtype = precision.dtype
     graph, empty = abstract(config, precision)
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(empty))
-    limits, plan = _limits(config, settings, weight_bytes, dtype)
+    draft = _draft(files, settings, cache_dir, report) if settings.model.draft else None
+    limits, plan = _limits(config, settings, weight_bytes, dtype, draft)
     report.memory(plan)
     shape = StepShape(
         max_slots=limits.max_slots,
@@ -136,8 +142,15 @@ def load(
     began = time.perf_counter()
     # Shapes are all that compiling needs: the rest is made beside it.
     with ThreadPoolExecutor(4, thread_name_prefix="load") as pool:
-        jobs = programs(Steps(graph, config, shape), empty, dtype)
-        traced = partial(lower_kept, folder=cache_dir / "traced", facts=(config, shape, precision))
+        jobs = [*programs(Steps(graph, config, shape), empty, dtype)]
+        facts: dict[str, object] = {job.name: (config, shape, precision) for job in jobs}
+        if draft is not None:
+            jobs += (drafting := [*draft.programs()])
+            facts |= {job.name: draft.facts for job in drafting}
+
+        def traced(job: Program) -> jax.stages.Lowered:
+            return lower_kept(job, folder=cache_dir / "traced", facts=facts[job.name])
+
         compiling = pool.submit(compile_all, jobs, report.compiled, traced)
         reading = pool.submit(_read, files, empty, cache_dir / "converted", report)
         paging = pool.submit(empty_pages, config, shape, dtype)
@@ -146,8 +159,10 @@ def load(
         template = ChatTemplate(tokenizer)
         compiled = compiling.result()
         params, kv_pages, host_pages = reading.result(), paging.result(), hosting.result()
-    runner = DeviceRunner(config, params, kv_pages, shape, compiled, host_pages)
+        drafter = None if draft is None else _drafter(draft, compiled, cache_dir, report)
+    runner = DeviceRunner(config, params, kv_pages, shape, compiled, host_pages, drafter)
     compile_s = time.perf_counter() - began
+    cost = measured(runner, cache_dir / "measured", (files.name, config, jax.tree.leaves(empty)))
     return Loaded(
         name=files.name,
         config=config,
@@ -159,15 +174,49 @@ def load(
         compile_s=compile_s,
         programs=len(compiled),
         settings=settings,
-        cost=measured(runner, cache_dir / "measured", (files.name, config, jax.tree.leaves(empty))),
+        cost=cost,
+        draft_cost=None if draft is None else measure_draft(runner, draft.shape),
     )
 
 
+def _draft(files: ModelFiles, settings: Settings, cache_dir: Path, report: Report) -> DraftModel:
+    """The draft model that settings name, opened and fitted beside `files`."""
+    found = open_draft(settings.model.draft, cache_dir, files, report.pull)
+    report.opened(found)
+    return plan_draft(
+        found,
+        _precision(settings.model, found),
+        max_slots=settings.engine.max_slots,
+        max_context=_max_context(files.config, settings.engine),
+        step_tokens=settings.engine.step_tokens,
+        page_size=settings.kv.page_size,
+    )
+
+
+def _drafter(
+    draft: DraftModel,
+    compiled: Mapping[str, jax.stages.Compiled],
+    cache_dir: Path,
+    report: Report,
+) -> Drafter:
+    params = _read(draft.files, draft.empty, cache_dir / "converted", report)
+    kv_pages = empty_draft_pages(draft.config, draft.shape, draft.precision.dtype)
+    return Drafter(params, kv_pages, draft.shape, compiled)
+
+
+def _max_context(config: ModelConfig, engine: EngineSettings) -> int:
+    return min(config.max_context, engine.max_context or MOST_CONTEXT)
+
+
 def _limits(
-    config: ModelConfig, settings: Settings, weight_bytes: int, dtype: DTypeLike
+    config: ModelConfig,
+    settings: Settings,
+    weight_bytes: int,
+    dtype: DTypeLike,
+    draft: DraftModel | None,
 ) -> tuple[Limits, MemoryPlan]:
     engine, device = settings.engine, jax.devices()[0]
-    max_context = min(config.max_context, engine.max_context or MOST_CONTEXT)
+    max_context = _max_context(config, engine)
     plan = plan_memory(
         config,
         dtype,
@@ -178,6 +227,7 @@ def _limits(
         max_slots=engine.max_slots,
         step_tokens=engine.step_tokens,
         free=free_memory(device),
+        draft_bytes=0 if draft is None else draft.bytes,
     )
     plan = plan_host_pages(plan, settings.kv.host_pages, free_host_memory(device))
     limits = Limits(
@@ -190,6 +240,8 @@ def _limits(
         max_queue=engine.max_queue,
         max_live=engine.max_queue + engine.max_slots,
         guesses=_guesses(engine),
+        drafts=0 if draft is None else draft.shape.rows,
+        draft_context=0 if draft is None else draft.shape.context,
     )
     return limits, plan
 

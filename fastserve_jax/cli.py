@@ -56,6 +56,7 @@ def serve(
     port: int | None = None,
     api_key: str | None = None,
     dtype: Dtype = None,
+    draft_model: str | None = None,
     policy: str | None = None,
     max_context: int | None = None,
     max_slots: int | None = None,
@@ -75,6 +76,8 @@ def serve(
         Port to listen on; 0 takes a free one.
     api_key
         Clients must send it as a bearer token; also read from FASTSERVE_API_KEY.
+    draft_model
+        A smaller model with the same vocabulary, which guesses what MODEL will say where that pays.
     policy
         Who goes first: adaptive, mlfq (FastServe's), fcfs, srpt-predicted, mlfq-naive or
         run-to-completion. `fastserve simulate` compares them.
@@ -94,6 +97,7 @@ def serve(
             "server.host": host,
             "server.port": port,
             "model.dtype": dtype,
+            "model.draft": draft_model,
             "engine.policy": policy,
             "engine.max_context": max_context,
             "engine.max_slots": max_slots,

@@ -26,6 +26,7 @@ SPECULATE = ("auto", "off")
 class ModelSettings:
     dtype: str = "auto"  # of weights; auto is int8 where that is measured to do, or bf16
     int8_keep: tuple[str, ...] = ()  # matrices that stay bf16 in int8: "layers.*.mlp.down"
+    draft: str = ""  # a smaller model of the same vocabulary, to guess what this one will say
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,8 @@ def _check_values(settings: Settings) -> None:
     if engine.speculate not in SPECULATE:
         choices = ", ".join(SPECULATE)
         raise ConfigError(f"engine.speculate is one of {choices}, not {engine.speculate}")
+    if settings.model.draft and engine.speculate == "off":
+        raise ConfigError("model.draft is for guessing: engine.speculate is off")
     lowest = {
         "kv.pages": (kv.pages, 0),
         "kv.page_size": (kv.page_size, 1),

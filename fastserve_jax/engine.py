@@ -19,7 +19,7 @@ from typing import Protocol, Self
 from .core.cost import StepLoad
 from .core.scheduler import Scheduler
 from .core.stats import Stats
-from .core.types import DoneEvent, Event, Plan, Request, StepResult
+from .core.types import Ask, DoneEvent, Event, Plan, Proposed, Request, StepResult
 from .errors import EngineFailed
 
 _log = logging.getLogger(__name__)
@@ -30,6 +30,9 @@ class Runner(Protocol):
 
     def dispatch(self, plan: Plan) -> Awaitable[StepResult]:
         """Start `plan` and return at once; awaiting gives what came of it."""
+
+    def propose(self, ask: Ask) -> Awaitable[Proposed]:
+        """The same of what a draft model is asked; only where limits say that there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,7 @@ class Engine:
         self._streams: dict[int, _Stream] = {}
         self._ids = itertools.count(1)
         self._steps: deque[_Step] = deque()
+        self._asked: asyncio.Future[Proposed] | None = None
         self._last_step_ended = 0.0
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -201,10 +205,14 @@ class Engine:
                 stream.fail(self._failed())
             self._idle.set()
             await _outlast(step.result for step in self._steps)
+            await _outlast([self._asked] if self._asked is not None else [])
 
     async def _turn(self) -> None:
         """Start one step if there is one, and finish one if there are enough."""
         self._wake.clear()
+        ask = self._scheduler.ask()
+        if ask is not None:
+            await self._hear(ask)
         now = self.time()
         self._deliver(self._scheduler.expire(now))
         plan = self._scheduler.plan(now)
@@ -214,6 +222,14 @@ class Engine:
             await self._sleep()
         elif plan is None or len(self._steps) == self._most_in_flight:
             await self._finish_step()
+
+    async def _hear(self, ask: Ask) -> None:
+        """What a draft model says, before the step that it is for is planned."""
+        began = self.time()
+        self._asked = asyncio.ensure_future(self._runner.propose(ask))
+        await asyncio.wait({self._asked})  # unlike a plain await, never cancels it
+        proposed, self._asked = self._asked.result(), None
+        self._scheduler.hear(ask, proposed, self.time() - began)
 
     async def _finish_step(self) -> None:
         step = self._steps[0]

@@ -224,6 +224,8 @@ class Metrics(Collector):
             ("computed_tokens_total", "Positions run, repeats included.", stats.computed_tokens),
             ("spec_decode_num_draft_tokens_total", "Tokens guessed.", stats.guessed_tokens),
             ("spec_decode_num_accepted_tokens_total", "Guessed right.", stats.accepted_tokens),
+            ("draft_model_tokens_total", "Proposed by it.", stats.proposed_tokens),
+            ("draft_model_seconds_total", "In which it did.", stats.asked_s),
             ("engine_steps_total", "Steps committed.", stats.steps),
             ("engine_busy_seconds_total", "Time in steps.", stats.busy_s),
             *_swapping(stats),

@@ -23,6 +23,7 @@ FLOORS = {
     "engine": 4,
     "client": 4,
     "server": 5,
+    "draft_model": 5,
     "config": 6,
     "terminal": 6,
     "assemble": 6,

@@ -202,6 +202,8 @@ class Draft:
         books.admit(seq, found, total)
         policy.run(seq, self._now, self._cost.move_s(0, total))
         self._count_hits(seq, found)
+        if seq.proposal is not None:
+            seq.proposal.lose()  # with the slot it had
         self._admitted.append(seq)
         self._admissions.append(
             Admission(seq.id, seq.slot, tuple(seq.tokens), seq.prompt_tokens, seq.request.sampling)

@@ -15,16 +15,19 @@ from .books import Books
 from .cost import CostModel
 from .draft import Draft
 from .ordering import Policy
+from .proposal import DraftCost
 from .sequence import Limits, Sequence
 from .speculate import Speculation
 from .stats import Stats
 from .types import (
+    Ask,
     DoneEvent,
     Event,
     Finish,
     Phase,
     Plan,
     PromptEvent,
+    Proposed,
     Request,
     Sampled,
     StartEvent,
@@ -39,13 +42,22 @@ _MOST_IN_FLIGHT = 2
 
 
 class Scheduler:
-    """`cost` is corrected by every step that is committed."""
+    """`cost` is corrected by every step that is committed, and `draft_cost`, where there is a draft
+    model, by everything that it is asked."""
 
-    def __init__(self, limits: Limits, policy: Policy, cost: CostModel | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        policy: Policy,
+        cost: CostModel | None = None,
+        draft_cost: DraftCost | None = None,
+    ) -> None:
         self.limits = limits
         self.cost = cost or CostModel()
         self._policy = policy
-        self._speculation = Speculation(limits, self.cost) if limits.guesses else None
+        self._speculation: Speculation | None = None
+        if limits.guesses:
+            self._speculation = Speculation(limits, self.cost, draft_cost)
         self._books = Books(limits)
         self._books.saves = self._is_worth_a_copy
         self._now = 0.0
@@ -57,7 +69,8 @@ class Scheduler:
         self._submitted = self._rejected = self._finished = self._preemptions = 0
         self._prefix_query_tokens = self._prefix_hit_tokens = 0
         self._computed_tokens = self._output_tokens = 0
-        self._guessed_tokens = self._accepted_tokens = 0
+        self._guessed_tokens = self._accepted_tokens = self._proposed_tokens = 0
+        self._asked_s = self._asking_s = 0.0  # in all; and since the last commit
         self._busy_s = self._stall_s = 0.0
         self._pages_out = self._pages_in = 0
         self._host_hit_tokens = self._recomputed_tokens = 0
@@ -140,6 +153,32 @@ class Scheduler:
 
     # Steps
 
+    def ask(self) -> Ask | None:
+        """What to ask a draft model before the next plan, if anything. Its answer is for `hear`."""
+        if self._speculation is None or self._plans or not self._may_ask():
+            return None
+        rows = [seq for seq in self._books.running.values() if seq.left == 1]
+        return self._speculation.ask(rows) if rows else None
+
+    def hear(self, ask: Ask, proposed: Proposed, elapsed_s: float) -> None:
+        """What the draft model said, in so long. Whoever is over since hears nothing."""
+        assert self._speculation is not None, "nothing was asked"
+        self._speculation.heard(proposed, elapsed_s)
+        self._asking_s += elapsed_s
+        self._asked_s += elapsed_s
+        for row in ask.rows:
+            tokens = proposed.tokens.get(row.request_id, ())
+            self._proposed_tokens += len(tokens)
+            seq = self._books.sequences.get(row.request_id)
+            if seq is not None and seq.proposal is not None:
+                seq.proposal.hear(row.known, tokens, proposed.behind[row.request_id])
+
+    def _may_ask(self) -> bool:
+        """Whether nobody is there whose prompt would take the place of guesses."""
+        if not self.limits.drafts or (self._books.num_waiting and self._books.free_slots):
+            return False
+        return all(seq.left <= 1 for seq in self._books.running.values())
+
     def plan(self, now: float) -> Plan | None:
         """What to run next, or None when nothing can run before another commit or submit.
 
@@ -149,7 +188,8 @@ class Scheduler:
         self._now = now
         speculation = self._speculation
         if self._plans and speculation is not None:
-            if speculation.waits(self._plans[-1], self._books.running.values()):
+            running = self._books.running.values()
+            if speculation.waits(self._plans[-1], running, self._may_ask()):
                 return None
             speculation = None  # for guesses all tokens must be known
         for seq in self._policy.due(now, self._books.index.disposable):
@@ -183,6 +223,7 @@ class Scheduler:
             self._speculation.learn(plan, rows, elapsed_s, now)
         if not plan.guesses:  # or it would forget what a step without them takes
             self.cost.observe(plan.load, elapsed_s)
+        elapsed_s, self._asking_s = elapsed_s + self._asking_s, 0.0
         self._policy.step(elapsed_s, stall_s, now)
         self._busy_s += elapsed_s
         self._stall_s += stall_s
@@ -298,6 +339,8 @@ class Scheduler:
             output_tokens=self._output_tokens,
             guessed_tokens=self._guessed_tokens,
             accepted_tokens=self._accepted_tokens,
+            proposed_tokens=self._proposed_tokens,
+            asked_s=self._asked_s,
             steps=self._step,
             busy_s=self._busy_s,
             stall_s=self._stall_s,

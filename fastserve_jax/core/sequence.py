@@ -10,7 +10,10 @@ from operator import attrgetter
 
 from ..errors import ConfigError
 from .lookup import Lookup
+from .proposal import Proposal
 from .types import LEGAL_MOVES, Finish, Phase, Request
+
+_MAY_BE_NONE = ("host_pages", "guesses", "drafts", "draft_context")
 
 # (level, priority, what the policy orders by, turn): smaller goes first; turns are unique
 Rank = tuple[int, int, float, int]
@@ -29,10 +32,12 @@ class Limits:
     max_queue: int = 1024  # requests waiting for a slot
     max_live: int = 2048  # requests waiting, running or ending
     guesses: int = 0  # tokens that one sequence may run ahead of what is known; 0: none
+    drafts: int = 0  # sequences that a draft model looks ahead for at once; 0: there is none
+    draft_context: int = 0  # tokens that it may run of each
 
     def __post_init__(self) -> None:
         for limit in fields(self):
-            least = 0 if limit.name in ("host_pages", "guesses") else 1
+            least = 0 if limit.name in _MAY_BE_NONE else 1
             if getattr(self, limit.name) < least:
                 raise ConfigError(f"{limit.name} must be at least {least}", param=limit.name)
         if self.step_tokens < self.max_slots:
@@ -85,6 +90,7 @@ class Sequence:
     charged: int = 0  # positions that it has had; what is computed again below is not charged
     fetched: int = 0  # positions brought from host memory since it last entered
     lookup: Lookup | None = None  # of what comes next, while it runs and is worth guessing
+    proposal: Proposal | None = None  # what a draft model said last
     # derived once, read for every token
     id: int = field(init=False)
     prompt_tokens: int = field(init=False)

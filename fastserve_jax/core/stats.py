@@ -26,6 +26,8 @@ class Stats:
     output_tokens: int = 0
     guessed_tokens: int = 0  # run before they were known
     accepted_tokens: int = 0  # of them, drawn as guessed
+    proposed_tokens: int = 0  # by a draft model
+    asked_s: float = 0.0  # in which it did
     steps: int = 0
     busy_s: float = 0.0
     stall_s: float = 0.0  # of it, by which copies made steps longer, as the cost model has it

@@ -125,6 +125,35 @@ class Plan:
     guesses: int = 0  # in all its work
 
 
+@dataclass(frozen=True, slots=True)
+class AskRow:
+    """Wants `count` tokens that may come behind the first `known`, all of which are known and on
+    the device. The draft model's own tokens before hold for the first `agreed` of these."""
+
+    request_id: int
+    slot: int
+    known: int
+    agreed: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a draft model is to do while no plan is in flight."""
+
+    rows: tuple[AskRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Proposed:
+    """What came of an ask, by request id: who is still being caught up with gets no tokens."""
+
+    tokens: Mapping[int, tuple[int, ...]]
+    behind: Mapping[int, int]  # known tokens that the draft model has yet to run
+    runs: int  # of its programs
+    ran: int  # tokens in them
+
+
 TopLogprobs = tuple[tuple[int, float], ...]  # (token, logprob), best first
 
 

@@ -43,6 +43,7 @@ class MemoryPlan:
     num_pages: int
     page_size: int
     host_pages: int = 0
+    draft_bytes: int = 0  # a draft model's weights, and its KV pages
 
     @property
     def kv_bytes(self) -> int:
@@ -54,8 +55,9 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         host = f"{_size(self.host_bytes)} more in host memory ({self.host_pages} pages), "
+        draft = f"draft model {_size(self.draft_bytes)}, " if self.draft_bytes else ""
         return (
-            f"weights {_size(self.weight_bytes)}, KV {_size(self.kv_bytes)} "
+            f"weights {_size(self.weight_bytes)}, {draft}KV {_size(self.kv_bytes)} "
             f"({self.num_pages} pages of {self.page_size} tokens, "
             f"{self.num_pages * self.page_size:,} in all), {host if self.host_pages else ''}"
             f"step {_size(self.work_bytes)}; {_size(self.free_bytes)} free"
@@ -73,6 +75,7 @@ def plan_memory(
     max_slots: int,
     step_tokens: int,
     free: FreeMemory,
+    draft_bytes: int = 0,
 ) -> MemoryPlan:
     """Sizes the KV pool; `num_pages` 0 takes its fraction of what is free, never more than all
     slots at full context could use.
@@ -84,19 +87,23 @@ def plan_memory(
     widest = 2 * config.intermediate_size + config.hidden_size * 4
     work_bytes = 4 * (3 * max_slots * config.vocab_size + 2 * step_tokens * widest)
     one_request = -(-max_context // page_size)
-    left = free.free_bytes - weight_bytes - work_bytes
+    left = free.free_bytes - weight_bytes - work_bytes - draft_bytes
     if num_pages == 0:
         budget = int(min(left, free.free_bytes * free.fraction))
         num_pages = max(_round_down(budget // page_bytes, free.grain), one_request)
         num_pages = min(num_pages, one_request * max_slots)
-    plan = MemoryPlan(free.free_bytes, weight_bytes, work_bytes, page_bytes, num_pages, page_size)
+    plan = MemoryPlan(
+        *(free.free_bytes, weight_bytes, work_bytes, page_bytes, num_pages, page_size),
+        draft_bytes=draft_bytes,
+    )
     if plan.kv_bytes <= left:
         return plan
     fits = max(left, 0) // page_bytes
     if fits * page_size < 64:
-        need = weight_bytes + work_bytes + page_bytes * -(-64 // page_size)
+        need = weight_bytes + work_bytes + draft_bytes + page_bytes * -(-64 // page_size)
+        smaller = "no draft model, a smaller" if draft_bytes else "a smaller"
         raise DoesNotFit(
-            f"the model does not fit: {plan}. It needs {_size(need)} at the least: take a smaller "
+            f"the model does not fit: {plan}. It needs {_size(need)} at the least: take {smaller} "
             "model, a narrower --dtype, or fewer slots (--set engine.max_slots=N)"
         )
     raise DoesNotFit(
@@ -113,7 +120,7 @@ def plan_host_pages(plan: MemoryPlan, host_pages: int, free: FreeMemory) -> Memo
     """
     left = free.free_bytes
     if free.shared:
-        left -= plan.weight_bytes + plan.work_bytes + plan.kv_bytes
+        left -= plan.weight_bytes + plan.work_bytes + plan.kv_bytes + plan.draft_bytes
     if host_pages < 0:
         budget = int(min(left, free.free_bytes * free.fraction, MOST_HOST_BYTES))
         host_pages = _round_down(max(budget, 0) // plan.page_bytes, free.grain)

@@ -18,7 +18,9 @@ import numpy as np
 
 from fastserve_jax.core.types import (
     Admission,
+    Ask,
     Plan,
+    Proposed,
     Sampled,
     Sampling,
     Scored,
@@ -30,6 +32,7 @@ from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import Batch, State, head_of
 
 from . import sampling
+from .drafter import Drafter, Drafting
 from .host import HostTier
 from .sampling import Drawn
 from .step import Rows, Scores, StepShape
@@ -65,6 +68,7 @@ class DeviceRunner:
         shape: StepShape,
         programs: Mapping[str, jax.stages.Compiled],
         host_pages: jax.Array | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         assert (host_pages is not None) == (shape.host_pages > 0)
         self.shape = shape
@@ -72,6 +76,7 @@ class DeviceRunner:
         self._config = config
         self._head = head_of(config, params)
         self._kv_pages = kv_pages  # donated to every step
+        self._drafter = drafter
         self._host = None if host_pages is None else HostTier(host_pages, programs)
         self._state = sampling.empty_state(shape.max_slots, shape.max_context, config.vocab_size)
         self._page_table = np.zeros((shape.max_slots, shape.pages_per_row), np.int32)
@@ -100,6 +105,21 @@ class DeviceRunner:
         """`dispatch`, waited for: where no event loop runs."""
         return _fetch(self._start(plan))
 
+    def propose(self, ask: Ask) -> Awaitable[Proposed]:
+        """What the draft model says comes next, of sequences whose known tokens are all here."""
+        drafting = self._draft(ask)
+        return asyncio.get_running_loop().run_in_executor(self._waiter, _proposed, drafting)
+
+    def run_ask(self, ask: Ask) -> Proposed:
+        """`propose`, waited for."""
+        return _proposed(self._draft(ask))
+
+    def _draft(self, ask: Ask) -> Drafting:
+        assert self._drafter is not None, "there is no draft model"
+        history, drafting = self._drafter.draft(ask, self._state.history)
+        self._state = self._state._replace(history=history)
+        return drafting
+
     def _start(self, plan: Plan) -> _Pending:
         done = self._swap(plan)
         for admission in plan.admissions:
@@ -121,6 +141,8 @@ class DeviceRunner:
     def _admit(self, admission: Admission) -> None:
         row = sampling.slot_row(admission, self.shape.max_context, self._config.vocab_size)
         self._state = self._programs["admit"](self._state, np.int32(admission.slot), row)
+        if self._drafter is not None:
+            self._drafter.admit(admission.slot)
         self._given[admission.slot] = _Given(admission.prompt_tokens, admission.sampling)
 
     def _guess(self, works: tuple[Work, ...]) -> None:
@@ -243,6 +265,15 @@ def _fetch(pending: _Pending) -> StepResult:
         {request_id: tuple(s) for request_id, s in scored.items()},
         {request_id: tuple(rest) for request_id, (_, *rest) in drawn.items() if rest},
     )
+
+
+def _proposed(drafting: Drafting) -> Proposed:
+    """On the worker thread, like `_fetch`."""
+    tokens: dict[int, tuple[int, ...]] = {}
+    for run, request_ids in drafting.runs:
+        for request_id, token in zip(request_ids, np.asarray(run).tolist(), strict=False):
+            tokens[request_id] = (*tokens.get(request_id, ()), token)
+    return Proposed(tokens, drafting.behind, len(drafting.runs), drafting.ran)
 
 
 def _lists(arrays: tuple[jax.Array, ...]) -> tuple[list[Any], ...]:
