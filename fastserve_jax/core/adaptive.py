@@ -205,10 +205,6 @@ class Adaptive(Policy):
     def copy_credit_s(self) -> float:
         return max(0.0, self._credit_s)
 
-    def starts_in(self, seq: Sequence, now: float) -> float:
-        level, _, key, _ = seq.rank
-        return level * 1e9 + key
-
     def levels(self) -> tuple[int, ...]:
         return tuple(self._counts)
 
@@ -317,10 +313,7 @@ class Adaptive(Policy):
             left = index = max(self._lengths(seq.id) - output, 1.0, 0.2 * output)
             standing.next_edge = output + 8
         else:
-            history = self._history
-            left = history.left_tokens(standing.group, output)
-            index = history.index_tokens(standing.group, output)
-            standing.next_edge = history.edges[history.bin(output) + 1]
+            left, index, standing.next_edge = self._history.expect(standing.group, output)
         standing.left, standing.index = min(left, allowed), min(index, allowed)
         self._left_tokens += standing.left
 

@@ -46,7 +46,7 @@ class Match:
 
 class Books:
     """`saves` says whether a page that must go is worth a copy in host memory, `last` which of
-    those who wait can do without its pages for longest. Both are a policy's."""
+    those who wait can do without its pages for longest: a policy's answers."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -256,7 +256,7 @@ class Books:
     def _extend_chain(self, seq: Sequence, end: int) -> None:
         size = self.limits.page_size
         if end // size > len(seq.chain):
-            extend_chain(seq.chain, seq.tokens[:end], size, seq.request.cache_salt)
+            extend_chain(seq.chain, seq.tokens, size, seq.request.cache_salt, end)
 
     def check(self) -> None:
         """Raise AssertionError when the books do not balance."""

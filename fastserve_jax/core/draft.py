@@ -6,18 +6,17 @@ budget. Room is only ever taken from lower ranks, so the first in rank always mo
 
 from __future__ import annotations
 
-from bisect import bisect
 from collections import deque
-from functools import partial
 
 from .books import Books, Match
 from .cost import QUERY_BLOCK, CostModel, StepLoad
 from .ordering import Policy
+from .room import Room
 from .sequence import Sequence, by_rank
 from .speculate import Guesses, Speculation
 from .types import Admission, Plan, Work
 
-_LOOK_AHEAD = 64  # waiting sequences passed over for want of pages before a step stops looking
+_LOOK_AHEAD = 16  # waiting sequences passed over for want of pages before a step stops looking
 _COPY_SHARE = 0.05  # of a step's time that copies ahead of need may add where nothing hides them
 
 
@@ -27,6 +26,7 @@ class Draft:
     def __init__(
         self,
         books: Books,
+        room: Room,
         policy: Policy,
         cost: CostModel,
         now: float,
@@ -34,6 +34,7 @@ class Draft:
     ) -> None:
         self._books = books
         self._limits = books.limits
+        self._room = room
         self._policy = policy
         self._cost = cost
         self._now = now
@@ -47,17 +48,15 @@ class Draft:
         self._admitted: list[Sequence] = []
         self._wanted_pages = 0  # by those who may not enter before more can be taken at once
         self._aside: list[Sequence] = []  # to be queued again when the scan is over
-        self._keepers: list[int] | None = None  # whose pages are kept, last to start first
-        self._victims_left: list[Sequence] | None = None  # running, best rank first
         self.preemptions = 0
         self.hit_tokens = 0  # of admitted sequences, found in the cache
         self.host_hit_tokens = 0  # of them, in host memory
 
     def make(self, step: int) -> Plan | None:
         """The plan, or None when nothing can run now."""
+        self._room.begin()
         growing = self._collect()
         self._books.spare_copies = self._copies_left(0.0) // 2
-        self._books.index.choose_again()
         if growing:
             self._grow(growing)
         if len(self._books.away):
@@ -68,8 +67,7 @@ class Draft:
         if self._limits.host_pages and self._policy.swaps:
             self._write_behind()
         guesses = self._guess() if self._rows and self._speculation is not None else {}
-        singles = (seq for seq in self._rows.values() if seq.id not in guesses)
-        rows = [self._work(seq, 1) for seq in singles]
+        rows = [self._work(seq, 1) for seq in self._rows.values() if seq.id not in guesses]
         rows += [self._work(seq, count) for seq, count in self._chunks if count == 1]
         ones = len(rows)
         rows += [self._work(self._rows[id], 1, guessed) for id, guessed in guesses.items()]
@@ -168,10 +166,10 @@ class Draft:
             return False
         if not self._policy.takes(head, len(books.running)):
             return False
-        candidates = self._candidates
-        if candidates and candidates[-1].rank > head.rank:
+        running = self._room.running
+        if running and running[-1].rank > head.rank:
             return True
-        betters = len(candidates) + len(self._admissions)  # see _admit
+        betters = len(running) + len(self._admissions)  # see _admit
         return slot_free and books.index.available > betters
 
     def _chunk(self, seq: Sequence) -> None:
@@ -187,19 +185,18 @@ class Draft:
         private = total - len(found.on_device)
         if self._limits.host_pages and policy.swaps and books.running:
             # What must leave for it may have to be copied: not more than the step can bear.
-            copies = len(found.host_pages) + self._dirty(private)
+            copies = len(found.host_pages) + self._room.dirty(private)
             if copies and copies > self._copies_left():
                 self._wanted_pages = max(self._wanted_pages, private)
                 if found.host_pages:
                     books.send_away(seq)
                 return False
-        betters = self._candidates[: bisect(self._candidates, seq.rank, key=by_rank)]
-        betters += self._admitted
         # A page for everybody before it, or their next page would throw it out again at once.
-        pages = private + len(betters)
+        pages = private + self._room.better(seq) + len(self._admitted)
         if not self._make_room(seq, pages=pages, slots=1, tokens=1, keep=found.on_device):
             return False
         books.admit(seq, found, total)
+        self._room.changed()
         policy.run(seq, self._now, self._cost.move_s(0, total))
         self._count_hits(seq, found)
         if seq.proposal is not None:
@@ -242,50 +239,20 @@ class Draft:
         keep: list[int] | None = None,
     ) -> bool:
         """Whether so much is free, after preempting lower ranks where that is of use."""
-        victims = self._victims(seq, pages, slots, keep or [])
+        victims = self._room.victims(seq, pages, slots, keep or [])
         if victims is None or tokens > self._budget + sum(v.id in self._rows for v in victims):
             return False
         for victim in victims:
             self._preempt(victim)
         return True
 
-    def _victims(
-        self, seq: Sequence, pages: int, slots: int, keep: list[int]
-    ) -> list[Sequence] | None:
-        """The lowest ranks whose leaving gives `seq` what it lacks; None if that is impossible."""
-        books = self._books
-        slots -= len(books.free_slots)
-        pages -= books.index.available - (books.index.idle_among(keep) if keep else 0)
-        if slots <= 0 and pages <= 0:
-            return []
-        release = books.pool.release(keep)
-        lower = self._candidates[bisect(self._candidates, seq.rank, key=by_rank) :]
-        victims: list[Sequence] = []
-        while slots > 0 or pages > release.pages:
-            if not lower:
-                return None
-            victim = lower.pop()
-            victims.append(victim)
-            slots -= 1
-            if pages > 0:
-                release.add(victim.pages)
-        return victims
-
-    @property
-    def _candidates(self) -> list[Sequence]:
-        """The running before this step's admissions, best rank first: who could make room."""
-        if self._victims_left is None:
-            self._victims_left = sorted(self._books.running.values(), key=by_rank)
-        return self._victims_left
-
     def _preempt(self, victim: Sequence) -> None:
-        assert self._candidates[-1] is victim
-        self._candidates.pop()
         self._rows.pop(victim.id, None)
         self.preemptions += 1
         if self._books.preempt(victim):
             self._policy.wait(victim, self._now)
             self._aside.append(victim)
+        self._room.left(victim)
 
     # Copies ahead of need (FastServe section 4.2: proactive swapping, idle pages)
 
@@ -301,6 +268,7 @@ class Draft:
             count = min(lacking, most, self._room_for(head, found))
             if count > 0:
                 books.fetch(head, found, count)
+                self._room.keeps(head)
                 most -= count
             if count < lacking and not is_idle:
                 return
@@ -311,46 +279,17 @@ class Draft:
         """Whether `head` would enter if it were here, or there is room to bring it early."""
         if self._books.free_slots or self._books.index.disposable > self._policy.reserve_pages:
             return True
-        return self._policy.preempts and self._candidates[-1].rank > head.rank
+        return self._policy.preempts and self._room.running[-1].rank > head.rank
 
     def _room_for(self, head: Sequence, found: Match) -> int:
         """Pages that `head` may take: nobody's, and those of the one that can wait longest."""
         index, sequences = self._books.index, self._books.sequences
         room = index.disposable - index.others_among(found.on_device, head.id)
         if index.keepers:
-            last = self._books.last(index.keepers)
+            last = self._room.last(index.keepers)
             if last != head.id and sequences[last].rank > head.rank:
                 room += len(index.kept(last))
         return max(room, 0)
-
-    def _next_to_go(self, count: int) -> list[tuple[int, bytes]]:
-        """The first `count` pages, with their names, that would have to go: of those who wait, then
-        of the running, lowest rank first. Full pages stay as they are while their owner runs on."""
-        index, sequences = self._books.index, self._books.sequences
-        pages: list[tuple[int, bytes]] = []
-        if self._keepers is None:
-            starts_in = partial(self._policy.starts_in, now=self._now)
-            order = sorted(index.keepers, key=lambda i: starts_in(sequences[i]), reverse=True)
-            self._keepers = order
-        for keeper in self._keepers:
-            if len(pages) >= count:
-                break
-            pages += [(page, index.digest(page)) for page in index.kept(keeper)]
-        for seq in reversed(self._candidates):
-            if len(pages) >= count:
-                break
-            full = reversed(seq.pages[: seq.indexed_pages])
-            pages += [(page, name) for page in full if (name := index.name(page)) is not None]
-        return pages[:count]
-
-    def _dirty(self, pages: int) -> int:
-        """Of so many to be taken, those that must be copied before."""
-        short = pages - self._books.index.disposable
-        if short <= 0:
-            return 0
-        found = self._next_to_go(short)
-        clean = sum(digest in self._books.host for _, digest in found)
-        return short - clean
 
     def _write_behind(self) -> None:
         """Keep pages that can be taken at once, nobody's or with a copy already: as many as the
@@ -360,7 +299,7 @@ class Draft:
         if short <= 0 or not (index.keepers or self._wanted_pages):
             return
         most = self._copies_left()
-        for page, digest in self._next_to_go(short):
+        for page, digest in self._room.next_to_go(short):
             if most <= 0:
                 return
             if digest not in books.host:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import KeysView, Mapping
 from dataclasses import dataclass
 
 from .cost import CostModel, StepLoad
@@ -59,6 +58,8 @@ class SkipJoinMLFQ(Policy):
         self._skip_join = skip_join
         self._counts = [0] * levels
         self._turn = 0
+        self._now = 0.0  # when the last plan was begun
+        self.starts_in = self._starts_in
         self._standings: dict[int, _Standing] = {}
         # Everybody starves after the same time, so beginning order is promotion order.
         self._waits: deque[tuple[float, Sequence]] = deque()
@@ -94,6 +95,7 @@ class SkipJoinMLFQ(Policy):
         self._counts[self._standings.pop(seq.id).level] -= 1
 
     def due(self, now: float, spare_pages: int) -> list[Sequence]:
+        self._now = now
         promoted: list[Sequence] = []
         waits = self._waits
         while len(promoted) < _MOST_PROMOTED and waits and waits[0][0] + self._starve_s <= now:
@@ -106,19 +108,16 @@ class SkipJoinMLFQ(Policy):
                 promoted.append(seq)
         return promoted
 
-    def starts_in(self, seq: Sequence, now: float) -> float:
+    def _starts_in(self, seq: Sequence) -> float:
         """ENST in seconds: when starvation would promote it, or when those above it have sunk to
         its level, whichever comes first (section 4.2)."""
         standing = self._standings[seq.id]
-        promoted_s = standing.waiting_since + self._starve_s - now
+        promoted_s = standing.waiting_since + self._starve_s - self._now
         above_s = 0.0
         for level in range(standing.level):
             if self._counts[level]:
                 above_s += self._counts[level] * sum(self._quanta_s[level : standing.level])
         return min(promoted_s, above_s / self._limits.max_slots)
-
-    def last(self, sequences: Mapping[int, Sequence], keepers: KeysView[int], now: float) -> int:
-        return max(keepers, key=lambda keeper: self.starts_in(sequences[keeper], now))
 
     def copy_credit_s(self) -> float:
         return 0.0 if self._proactive else math.inf

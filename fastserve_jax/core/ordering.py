@@ -7,11 +7,11 @@ no step sorts everybody. Here: what every policy answers, and those with one sim
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, KeysView, Mapping
+from collections.abc import Callable, Mapping
 
 from .cost import CostModel
 from .predict import History
-from .sequence import Limits, Sequence
+from .sequence import Limits, Rank, Sequence, by_rank
 from .types import Finish
 
 Lengths = Callable[[int], float]  # request id -> its output tokens, known or predicted
@@ -26,6 +26,9 @@ class Policy:
     preempts = False  # may a waiting sequence take the slot of a running one of lower rank?
     swaps = False  # is what a preempted sequence computed worth a copy in host memory?
     reserve_pages = 0  # kept ready to be taken at once, free or already copied to host memory
+    # A waiting sequence's distance from running, to be compared: who has the greatest can do
+    # without its pages for longest.
+    starts_in: Callable[[Sequence], Rank | float] = staticmethod(by_rank)
 
     def join(self, seq: Sequence, uncached_tokens: int, now: float) -> None:
         """Give a new sequence its rank; `uncached_tokens` of its prompt must be computed."""
@@ -59,14 +62,6 @@ class Policy:
         """By how much copies may lengthen the next step. Without end: they are made when they are
         needed, and waited for (reactive swapping)."""
         return math.inf
-
-    def starts_in(self, seq: Sequence, now: float) -> float:
-        """A waiting sequence's distance from running, in any unit that grows with it."""
-        return 0.0
-
-    def last(self, sequences: Mapping[int, Sequence], keepers: KeysView[int], now: float) -> int:
-        """Which of the waiting `keepers` can do without its pages for longest."""
-        return max(keepers, key=lambda keeper: sequences[keeper].rank)
 
     def levels(self) -> tuple[int, ...]:
         """How many live sequences stand at each level, where there are levels."""
@@ -156,9 +151,6 @@ class ShortestFirst(Policy):
 
     def step(self, elapsed_s: float, stall_s: float, now: float) -> None:
         self._step_s += 0.02 * (elapsed_s - self._step_s)
-
-    def starts_in(self, seq: Sequence, now: float) -> float:
-        return seq.rank[2]
 
     def _left(self, seq: Sequence) -> float:
         if self._lengths is not None:

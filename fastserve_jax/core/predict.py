@@ -85,7 +85,8 @@ class History:
             tables.append([0.0] * bins)
 
     def bin(self, output_tokens: int) -> int:
-        return min(bisect_right(self.edges, output_tokens), len(self.edges) - 1) - 1
+        at = bisect_right(self.edges, output_tokens)
+        return at - 1 if at < len(self.edges) else at - 2
 
     def record(self, group: int, output_tokens: int, ended: bool) -> None:
         """A request left at that length; `ended` by itself, or cut off."""
@@ -105,13 +106,14 @@ class History:
 
     def left_tokens(self, group: int, output_tokens: int) -> float:
         """Expected output still to come."""
-        self._make(group)
-        return self._left[group][self.bin(output_tokens)]
+        return self.expect(group, output_tokens)[0]
 
-    def index_tokens(self, group: int, output_tokens: int) -> float:
-        """Gittins: the least, over all ways to stop trying, of tokens spent per worth ended."""
+    def expect(self, group: int, output_tokens: int) -> tuple[float, float, int]:
+        """Output tokens still to come; the Gittins index: the least, over all ways to stop trying,
+        of tokens spent per worth ended; and at how many tokens either is another."""
         self._make(group)
-        return self._index[group][self.bin(output_tokens)]
+        at = self.bin(output_tokens)
+        return self._left[group][at], self._index[group][at], self.edges[at + 1]
 
     def new_index_tokens(self, group: int, ahead_tokens: float) -> float:
         """The index of a request that has yet to do work of `ahead_tokens` before its first."""

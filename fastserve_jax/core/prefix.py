@@ -22,11 +22,13 @@ def root_digest(salt: str) -> bytes:
     return hashlib.sha256(salt.encode()).digest()
 
 
-def extend_chain(chain: list[bytes], tokens: Sequence[int], page_size: int, salt: str) -> None:
-    """Append to `chain` the digests of those full pages of `tokens` that it lacks."""
+def extend_chain(
+    chain: list[bytes], tokens: Sequence[int], page_size: int, salt: str, end: int | None = None
+) -> None:
+    """Append to `chain` the digests of those full pages of `tokens`, up to `end`, that it lacks."""
     parent = chain[-1] if chain else root_digest(salt)
     pack = struct.Struct(f"<{page_size}I").pack
-    for page in range(len(chain), len(tokens) // page_size):
+    for page in range(len(chain), (len(tokens) if end is None else end) // page_size):
         of_page = tokens[page * page_size : (page + 1) * page_size]
         parent = hashlib.sha256(parent + pack(*of_page)).digest()
         chain.append(parent)
@@ -46,7 +48,6 @@ class PrefixIndex:
         self._idle: OrderedDict[int, None] = OrderedDict()  # nobody's, longest unused first
         self._kept: dict[int, dict[int, None]] = {}  # by keeper: unreferenced, last page first
         self._keeper_of: dict[int, int] = {}
-        self._giving: int | None = None  # the keeper that `last` named, while it has pages
 
     @property
     def available(self) -> int:
@@ -104,9 +105,7 @@ class PrefixIndex:
             if self._idle:
                 page, _ = self._idle.popitem(last=False)
             else:
-                keeper = self._giving
-                if keeper is None or keeper not in self._kept:
-                    keeper = self._giving = last(self._kept.keys())
+                keeper = last(self._kept.keys())
                 page = next(iter(self._kept[keeper]))
                 self._unkeep_page(page)
             digest = self._digest_of.pop(page)
@@ -114,10 +113,6 @@ class PrefixIndex:
             self._evicted(page, digest, keeper)
             self._pool.free_page(page)
         return self._pool.take(count)
-
-    def choose_again(self) -> None:
-        """Who can do without its pages for longest may be another by now."""
-        self._giving = None
 
     def offer(self, digest: bytes, page: int) -> None:
         """Let others share `page`. Where an equal page is known already, it stays private."""

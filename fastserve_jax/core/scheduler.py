@@ -16,6 +16,7 @@ from .cost import CostModel
 from .draft import Draft
 from .ordering import Policy
 from .proposal import DraftCost
+from .room import Room
 from .sequence import Limits, Sequence
 from .speculate import Speculation
 from .stats import Stats
@@ -60,9 +61,9 @@ class Scheduler:
             self._speculation = Speculation(limits, self.cost, draft_cost)
         self._books = Books(limits)
         self._books.saves = self._is_worth_a_copy
+        self._room = Room(self._books, policy)
+        self._books.last = self._room.last
         self._now = 0.0
-        sequences = self._books.sequences
-        self._books.last = lambda keepers: policy.last(sequences, keepers, self._now)
         self._plans: deque[Plan] = deque()  # in flight, oldest first
         self._step = 0
         self._deadlines: list[tuple[float, int]] = []
@@ -194,7 +195,7 @@ class Scheduler:
             speculation = None  # for guesses all tokens must be known
         for seq in self._policy.due(now, self._books.index.disposable):
             self._books.queue(seq)
-        draft = Draft(self._books, self._policy, self.cost, now, speculation)
+        draft = Draft(self._books, self._room, self._policy, self.cost, now, speculation)
         plan = draft.make(self._step)
         self._preemptions += draft.preemptions
         if plan is None:

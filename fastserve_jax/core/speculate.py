@@ -28,6 +28,7 @@ _MOST_SLOWER = 0.25  # of a plain step, for those who do not guess
 _FORGET = 0.9995  # of what guessing was found to cost, with each plan: to be tried again
 _MOST_SURPRISE = 3.0  # times longer than expected; what is more is a pause of the machine
 
+_ROWS_A_LOOK = 16  # looking for guesses costs microseconds a row: with many, not before every plan
 _HORIZON = 64  # tokens to come among which the draft model's reading of a text is shared out
 
 # Chance that one more guess is right, one for each in turn; and whether a draft model gives it.
@@ -47,6 +48,7 @@ class Speculation:
         self._idle_s = 0.0  # of the device, before a plan that waited; none, where all do
         self._free_since = 0.0  # no step in flight since then
         self._waited = False
+        self._pause = 0  # plans before it is worth looking again
         # By whether all rows are plain: how steps compare with the cost model where there are no
         # guesses, and what a guess adds to that.
         self._pace = [1.0, 1.0]
@@ -57,13 +59,18 @@ class Speculation:
         beside. `may_ask`: the draft model too, then."""
         self._waited = in_flight.guesses > 0
         room = self._limits.step_samples - len(running)
-        if not self._waited and room > 0:
+        if self._waited or room <= 0:
+            return self._waited
+        if self._pause:
+            self._pause -= 1
+        else:
             rows = [seq for seq in running if seq.pending and seq.left == 1]
             load = self._load(rows)
             for asking in (False, True) if may_ask and self._draft_cost else (False,):
                 offers = self._offers(rows, room, unknown=1, asking=asking)
                 _, counts = self._best(rows, offers, load, room, asking=asking)
                 self._waited = self._waited or bool(counts)
+            self._pause = 0 if self._waited else len(rows) // _ROWS_A_LOOK
         return self._waited
 
     def ask(self, rows: list[Sequence]) -> Ask | None:

@@ -143,7 +143,7 @@ def test_tables_are_those_of_counting(seed, longest, count, brevity):
                 left = history.left_tokens(group, edge)
                 assert left == pytest.approx(expected(history, chances, k))
                 # It stops looking where one in a hundred is left.
-                index = history.index_tokens(group, edge)
+                index = history.expect(group, edge)[1]
                 assert index == pytest.approx(gittins(history, chances, k, worth), rel=0.02)
             new = history.new_index_tokens(group, 50.0)
             assert new == pytest.approx(gittins(history, chances, 0, worth, 50.0), rel=0.02)
@@ -152,7 +152,7 @@ def test_tables_are_those_of_counting(seed, longest, count, brevity):
 def test_an_index_is_never_more_than_what_is_left():
     history, _ = random_history(5, 4096, 300)
     for output in range(0, 4096, 64):
-        index, left = (f(3, output) for f in (history.index_tokens, history.left_tokens))
+        left, index, _ = history.expect(3, output)
         assert index <= left * 1.01
 
 
@@ -166,9 +166,9 @@ def test_brevity_lets_the_new_pass_who_have_outlived_their_chance_to_be_short():
             history.record(history.group(100), output, ended=True)
     group = plain.group(100)
     ages = (0, 24, 100, 300)
-    plainly = [plain.index_tokens(group, age) for age in ages]
+    plainly = [plain.expect(group, age)[1] for age in ages]
     assert max(plainly) < 1.4 * min(plainly)
-    briefly = [brief.index_tokens(group, age) for age in ages]
+    briefly = [brief.expect(group, age)[1] for age in ages]
     assert briefly == sorted(briefly)
     assert briefly[-1] > 2.5 * briefly[0]
     # A long prompt before it takes the gain away again.
@@ -184,8 +184,8 @@ def test_two_kinds_are_told_apart_as_they_age():
     assert history.left_tokens(group, 0) == pytest.approx(505, rel=0.1)
     assert history.left_tokens(group, 40) == pytest.approx(960, rel=0.1)
     # But to try a little is cheap: about twelve tokens for an even chance.
-    assert history.index_tokens(group, 0) == pytest.approx(24, rel=0.3)
-    assert history.index_tokens(group, 40) == pytest.approx(960, rel=0.1)
+    assert history.expect(group, 0)[1] == pytest.approx(24, rel=0.3)
+    assert history.expect(group, 40)[1] == pytest.approx(960, rel=0.1)
 
 
 def test_before_anything_is_seen_a_guess_stands():
