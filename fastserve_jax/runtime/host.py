@@ -101,18 +101,22 @@ class Swaps:
             return page
 
         def restore(i: jax.Array, views: list[jax.Array]) -> list[jax.Array]:
-            target = _number(moves.targets, i)
+            target, shape = _number(moves.targets, i), (1, *views[0].shape[1:])
             return [
-                _put(view, fetch(i, layer * own, own), target) for layer, view in enumerate(views)
+                _put(view, fetch(i, layer * own, own).reshape(shape), target)
+                for layer, view in enumerate(views)
             ]
 
         def stage(i: jax.Array, staged: jax.Array) -> jax.Array:
             return _put(staged, fetch(i, 0, rows), i)
 
         if self.on_cpu:  # to compile scatters of whole pages would take it ten times as long
-            # The views are made outside the loop: a body that ends in one writes whole arrays.
-            views = self._each(moves, restore, [p.reshape(-1, own, lanes) for p in kv_pages])
-            return [view.reshape(kv_pages[0].shape) for view in views], _after(moves)
+            # The views are made outside the loop: a body that ends in one writes whole arrays. Of
+            # an array with a dimension of one, XLA copies the whole when it is viewed again.
+            own_shape = kv_pages[0].shape
+            shape = own_shape if 1 in own_shape else (-1, own, lanes)
+            views = self._each(moves, restore, [pages.reshape(shape) for pages in kv_pages])
+            return [view.reshape(own_shape) for view in views], _after(moves)
         # A TPU's memory is tiled: the view would be a copy of the whole cache.
         size, targets = moves.sources.shape[0], jnp.asarray(moves.targets)
         empty = jnp.zeros((size, rows, lanes), host_pages.dtype)
@@ -147,7 +151,7 @@ def _rows(pool: jax.Array, page: jax.Array, first: int = 0, count: int | None = 
 
 
 def _put(pool: jax.Array, page: jax.Array, number: jax.Array) -> jax.Array:
-    return lax.dynamic_update_slice(pool, page, (number, 0, 0))
+    return lax.dynamic_update_slice(pool, page, (number, *(0,) * (pool.ndim - 1)))
 
 
 def swap_programs(

@@ -1,15 +1,24 @@
 """Pages that went to host memory and came back, by hand-written plans: the same tokens, the same
 bits, and nothing else touched."""
 
+import math
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fastserve_jax.core.types import Admission, Plan, Sampling, StepResult, Work
 from fastserve_jax.runtime.compile import CompileCounter
-from fastserve_jax.runtime.host import SIZES, Moves, Swaps
+from fastserve_jax.runtime.host import (
+    SIZES,
+    HostLayout,
+    Moves,
+    Swaps,
+    empty_host_pages,
+    swap_programs,
+)
 from fastserve_jax.runtime.step import StepShape
 from tests.models.families import FAMILIES
 from tests.runtime.build import build_runner
@@ -243,3 +252,29 @@ def test_the_form_for_accelerators_copies_the_same(count):
 
 def host_space(array):
     return jax.device_put(array, jax.memory.Space.Host)
+
+
+@pytest.mark.parametrize(
+    "page_shape", [(2, 1, 16, 256), (2, 1, 4, 8), (2, 2, 16, 64), (2, 3, 4, 8)]
+)
+def test_copies_take_no_room_beside_the_pools_however_a_page_is_shaped(page_shape):
+    """XLA keeps some arrays in place and copies others, by their dimensions."""
+    kv_pages = [jnp.zeros((96, *page_shape), jnp.bfloat16)] * 3
+    layout = HostLayout(96, len(kv_pages), math.prod(page_shape))
+    device = jax.devices()[0]
+    made = {p.name: p.lower().compile() for p in swap_programs(layout, kv_pages, device)}
+    page_bytes = 2 * layout.num_layers * layout.page_elements
+    assert made.keys() == {"swap_in[16]", "swap_out[16]", "swap_out[4]"}
+    for program in made.values():
+        assert program.memory_analysis().temp_size_in_bytes < 17 * page_bytes + 32768
+    bits = np.random.default_rng(1).integers(0, 2**15, layout.shape, np.uint16)
+    pool = jax.device_put(
+        bits.view(jnp.bfloat16), empty_host_pages(layout, jnp.bfloat16, device).sharding
+    )
+    moves = Moves(np.arange(16, dtype=np.int32), 90 - np.arange(16, dtype=np.int32), np.int32(9))
+    got, _ = made["swap_in[16]"]([pages.copy() for pages in kv_pages], pool, moves)
+    for layer, pages in enumerate(got):
+        want = np.zeros((96, layout.page_elements), np.uint16)
+        for source in range(9):
+            want[90 - source] = bits[source].reshape(3, -1)[layer]
+        assert np.array_equal(np.asarray(pages).view(np.uint16).reshape(96, -1), want)
