@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -36,6 +36,7 @@ from fastserve_jax.runtime.memory import (
     MemoryPlan,
     free_host_memory,
     free_memory,
+    give_back_memory,
     plan_host_pages,
     plan_memory,
 )
@@ -153,13 +154,22 @@ def load(
 
         compiling = pool.submit(compile_all, jobs, report.compiled, traced)
         reading = pool.submit(_read, files, empty, cache_dir / "converted", report)
-        paging = pool.submit(empty_pages, config, shape, dtype)
-        hosting = pool.submit(empty_host_pages, shape.host_layout(config), dtype, jax.devices()[0])
+
+        def after_reading[T](made: Callable[[], T]) -> T:
+            """Not beside what converting takes for a while."""
+            wait([reading])
+            give_back_memory()
+            return made()
+
+        paging = pool.submit(after_reading, lambda: empty_pages(config, shape, dtype))
+        layout, device = shape.host_layout(config), jax.devices()[0]
+        hosting = pool.submit(after_reading, lambda: empty_host_pages(layout, dtype, device))
         tokenizer = load_tokenizer(files.tokenizer_source)
         template = ChatTemplate(tokenizer)
         compiled = compiling.result()
         params, kv_pages, host_pages = reading.result(), paging.result(), hosting.result()
         drafter = None if draft is None else _drafter(draft, compiled, cache_dir, report)
+    give_back_memory()
     runner = DeviceRunner(config, params, kv_pages, shape, compiled, host_pages, drafter)
     compile_s = time.perf_counter() - began
     cost = measured(runner, cache_dir / "measured", (files.name, config, jax.tree.leaves(empty)))
