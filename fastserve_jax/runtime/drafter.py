@@ -146,11 +146,8 @@ class Drafter:
         pages = np.arange(shape.rows * shape.pages_per_row, dtype=np.int32)
         self._pages = pages.reshape(shape.rows, shape.pages_per_row)
         self._row_of: OrderedDict[int, int] = OrderedDict()  # by slot, longest unused first
-        self._valid: dict[int, int] = {}  # by slot: positions whose keys and values are right
-
-    def admit(self, slot: int) -> None:
-        """Another sequence has the slot."""
-        self._valid.pop(slot, None)
+        # By slot: positions whose keys and values are right, as far as they have agreed since.
+        self._valid: dict[int, int] = {}
 
     def draft(self, ask: Ask, history: jax.Array) -> tuple[jax.Array, Drafting]:
         """Dispatch all runs; `history` is donated, and comes back with what was drafted."""

@@ -141,8 +141,6 @@ class DeviceRunner:
     def _admit(self, admission: Admission) -> None:
         row = sampling.slot_row(admission, self.shape.max_context, self._config.vocab_size)
         self._state = self._programs["admit"](self._state, np.int32(admission.slot), row)
-        if self._drafter is not None:
-            self._drafter.admit(admission.slot)
         self._given[admission.slot] = _Given(admission.prompt_tokens, admission.sampling)
 
     def _guess(self, works: tuple[Work, ...]) -> None:

@@ -213,6 +213,27 @@ def test_what_it_ran_is_cut_back_to_what_holds(itself):
         assert list(proposed.tokens[row.request_id]) == best
 
 
+def test_only_what_has_agreed_is_taken_to_hold(itself):
+    """Other tokens came than it ran, or another sequence has the slot: nobody tells it but so."""
+    texts = np.random.default_rng(5).integers(0, 97, (2, 60))
+    drafter, rules = itself._drafter, Sampling(9, temperature=0.0)
+
+    def keys(text, known, agreed, count):
+        """Of the first 32 tokens, where it keeps them."""
+        admission = Admission(0, 0, tuple(texts[text].tolist()), 60, rules)
+        itself.run(Plan(0, (admission,), ()))
+        itself.run_ask(Ask((AskRow(0, 0, known, agreed, count),)))
+        pages = drafter._pages[drafter._row_of[0]][: 32 // SHAPE.page_size]
+        return np.stack([np.asarray(layer)[pages] for layer in drafter._kv_pages])
+
+    anew, other = keys(0, 32, 0, 2), keys(1, 32, 0, 2)
+    astray = keys(0, 12, 0, 20)  # what it says is not what comes
+    assert not np.allclose(astray, anew, atol=0.1)
+    assert np.allclose(keys(0, 32, 12, 2), anew, atol=1e-5)
+    keys(0, 12, 0, 20)
+    assert np.allclose(keys(1, 32, 0, 2), other, atol=1e-5)
+
+
 def test_rows_of_different_lengths_in_one_ask(itself):
     """One has all its tokens run but one, another is new, and a third does not fit beside it."""
     history = np.random.default_rng(3).integers(0, 97, (3, 60))
