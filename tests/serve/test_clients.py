@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from fastserve_jax import AsyncClient
+from tests.serve.conftest import SMALL, started
 
 PROMPT = "Once upon a time, there was a little girl named"
 STORY = " Lily. She loved to play outside in the park."
@@ -150,3 +151,19 @@ def test_lm_eval_scores_with_echo_logprobs(server, tmp_path):
     assert got == pytest.approx(-0.0765, abs=0.02)
     # greedy, which lm-eval tells by the very same float standing in both lists
     assert [str(r["filtered_resps"][0][1]) for r in rows[:1]] == ["True"]
+
+
+async def test_a_draft_model_changes_no_text(shared, cache, client, server):
+    """One that is always right, for a text without repetitions. That it is asked depends on what
+    that takes here; what is answered does not."""
+    path = str(shared("models/stories260K.gguf"))
+    sets = [flag for name in SMALL for flag in ("--set", name)]
+    asked = {"model": server.model, "prompt": PROMPT, "max_tokens": 60}
+    rules = [{"temperature": 0}, {"temperature": 0.9, "seed": 4, "logprobs": 2}]
+    want = [await client.completions.create(**asked, **rule) for rule in rules]
+    with started(path, cache, "--draft-model", path, *sets) as drafted:
+        async with openai.AsyncOpenAI(base_url=f"{drafted.url}/v1", api_key="none") as other:
+            got = [await other.completions.create(**asked, **rule) for rule in rules]
+    for one, another in zip(got, want, strict=True):
+        assert one.choices[0].text == another.choices[0].text
+    assert got[1].choices[0].logprobs.tokens == want[1].choices[0].logprobs.tokens
