@@ -78,6 +78,11 @@ def highest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(is_nan, jnp.nan, best), tokens.astype(jnp.int32)
 
 
+def random_bits(seed: jax.Array, position: jax.Array) -> jax.Array:
+    """[2] uint32, all chance there is for one token."""
+    return jax.random.bits(jax.random.fold_in(jax.random.key(seed), position), (2,), jnp.uint32)
+
+
 def draw(shaped: jax.Array, best: jax.Array, rules: Rules, positions: jax.Array) -> jax.Array:
     """Temperature, then min_p, top_k and top_p cuts, then one draw from what is left. Exact.
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from fastserve_jax.core.types import MAX_TOP_LOGPROBS, Admission
+from pallas_kernels import cpu
 
 from . import pick
 
@@ -154,11 +155,16 @@ def draw_from(
 def draw(logits: jax.Array, state: SlotState, slots: jax.Array, positions: jax.Array) -> Drawn:
     """One token per row for `positions` [rows] (where it will stand), from logits [rows, vocab].
 
-    `slots` [rows]; a slot out of range is padding: drawn greedily, and never used.
+    `slots` [rows]; one out of range is padding, behind all others: its token means nothing.
     """
     own, biased, penalised, is_drawn = _own(state, slots, positions, logits.shape[-1])
 
     def choose(shaped: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if cpu.runs():
+            live = jnp.sum(slots < state.seed.shape[0], dtype=jnp.int32)  # they stand first
+            bits = jax.vmap(pick.random_bits)(own.seed, positions)
+            cuts = (own.top_p, own.min_p, own.top_k)
+            return cpu.draw(shaped, live, own.temperature, *cuts, bits)
         best, greedy = pick.highest(shaped)
         sampled = lax.cond(
             jnp.any(is_drawn), lambda: pick.draw(shaped, best, own, positions), lambda: greedy

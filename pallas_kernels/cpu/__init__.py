@@ -2,17 +2,19 @@
 
 Plain XLA runs everywhere and is what these are held to; they are taken where `runs()`. XLA cannot
 be brought to these speeds: it reads a head of 262,144 rows at half the memory's rate, never blocks
-a product by registers for few rows, and spends a third of a decoder's step in small loops around
-its products. Imports jax only.
+a product by registers for few rows, spends a third of a decoder's step in small loops around its
+products, and a draw from that vocabulary takes it as long as all the rest. Imports jax only.
 """
 
 from .attention import fits, paged_attention
+from .draw import draw
 from .int8 import Norm, int8_best, int8_matmul
 from .library import FUNCTIONS, missing, runs
 
 __all__ = [
     "FUNCTIONS",
     "Norm",
+    "draw",
     "fits",
     "int8_best",
     "int8_matmul",

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import jax
 
-FUNCTIONS = ("fastserve_int8_matmul", "fastserve_int8_best", "fastserve_attention")
+FUNCTIONS = (
+    *("fastserve_int8_matmul", "fastserve_int8_best", "fastserve_attention"),
+    "fastserve_draw",
+)
 
 
 @cache

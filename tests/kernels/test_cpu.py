@@ -196,3 +196,102 @@ def test_a_token_is_attended_alike_whatever_stands_beside_it():
         kind = jnp.array([new == 1, 1], jnp.int32)
         alone, _ = cpu.paged_attention(qkv[first:end], kv, *own, kind, **options)
         assert (np.asarray(alone) == np.asarray(together[first:end])).all(), case.rows[row]
+
+
+def drawn(logits, seeds, temperature=1.0, top_p=1.0, min_p=0.0, top_k=0, live=None):
+    rows = len(logits)
+    rules = [np.full(rows, x, np.float32) for x in (temperature, top_p, min_p)]
+    bits = np.random.default_rng(seeds).integers(0, 2**32, (rows, 2), np.uint32)
+    live = jnp.int32(rows if live is None else live)
+    best, tokens = cpu.draw(jnp.asarray(logits), live, *rules, np.full(rows, top_k, np.int32), bits)
+    return np.asarray(best), np.asarray(tokens)
+
+
+def kept(logits, temperature, top_p, min_p, top_k):
+    """Which tokens may be drawn, and their weights, by sorting. float64."""
+    weights = np.exp((logits - logits.max()).astype(np.float64) / temperature)
+    order = np.argsort(-logits, kind="stable")
+    may = weights >= min_p
+    if 0 < top_k < len(logits):
+        may &= logits >= logits[order[top_k - 1]]
+    above = np.cumsum(np.where(may, weights, 0)[order])
+    highest_equal = np.searchsorted(-logits[order], -logits[order], side="left")
+    before = np.append(0.0, above)[highest_equal]
+    may[order] &= before < top_p * above[-1]
+    return np.where(may, weights, 0)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    vocab=st.sampled_from([1, 15, 512, 700, 5120, 20011]),
+    temperature=st.floats(0.05, 3.0),
+    top_p=st.floats(0.0, 1.0),
+    min_p=st.sampled_from([0.0, 0.001, 0.3, 1.0]),
+    top_k=st.sampled_from([0, 1, 5, 30, 600, 9000]),
+    steps=st.sampled_from([2, 40]),
+)
+def test_a_draw_is_one_of_those_that_a_sort_keeps(
+    seed, vocab, temperature, top_p, min_p, top_k, steps
+):
+    """Blocks of 512; top_k below and above their number; many ties."""
+    rng = np.random.default_rng(seed)
+    logits = (np.round(rng.standard_normal((3, vocab)) * steps) / 10).astype(np.float32)
+    logits[:, rng.integers(0, vocab, vocab // 8)] = -np.inf
+    logits[:, rng.integers(0, vocab)] = 0.0
+    best, tokens = drawn(logits, seed, temperature, top_p, min_p, top_k)
+    assert np.array_equal(best, logits.max(1))
+    for row, token in zip(logits, tokens, strict=True):
+        loose = min(1.0, top_p * (1 + 1e-4) + 1e-6), min_p * (1 - 1e-4)
+        assert kept(row, temperature, *loose, top_k)[token] > 0
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {},
+        {"temperature": 0.4},
+        {"top_k": 7},
+        {"top_k": 70},
+        {"top_p": 0.3},
+        {"top_p": 0.95},
+        {"min_p": 0.1},
+        {"temperature": 1.7, "top_p": 0.8, "top_k": 60, "min_p": 0.02},
+    ],
+)
+def test_draws_are_as_frequent_as_their_weights(rules):
+    """Many rows of the same logits, over 40 blocks; Pearson's statistic."""
+    rows, vocab = 6000, 20011
+    logits = np.random.default_rng(3).standard_normal(vocab).astype(np.float32) * 2.2
+    logits[[4, 700, 19000, 20010]] += (6, 7, 6.5, 5)
+    every = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0} | rules
+    _, tokens = drawn(np.tile(logits, (rows, 1)), 1, **every)
+    weights = kept(logits, **every)
+    want = rows * weights / weights.sum()
+    counts = np.bincount(tokens, minlength=vocab)
+    assert counts[want == 0].sum() == 0
+    often = want >= 8
+    expected, got = np.append(want[often], want[~often].sum()), np.append(counts[often], 0)
+    got[-1] = rows - got.sum()
+    terms = ((got - expected)[expected > 0]) ** 2 / expected[expected > 0]
+    freedom = max(len(terms) - 1, 1)
+    assert terms.sum() < freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_a_row_draws_the_same_alone_and_rows_behind_the_live_ones_nothing():
+    logits = np.random.default_rng(8).standard_normal((5, 3000)).astype(np.float32)
+    together = drawn(logits, 4, top_p=0.7)[1]
+    assert len(set(together.tolist())) > 1
+    best, tokens = drawn(logits, 4, top_p=0.7, live=2)
+    assert tokens.tolist() == [*together[:2], 0, 0, 0]
+    assert best[2:].tolist() == [0, 0, 0]
+
+
+def test_the_first_of_the_highest_and_what_is_not_a_number():
+    logits = np.zeros((4, 1500), np.float32)
+    logits[0, [600, 1400]] = 2
+    logits[1, 1499], logits[2] = np.nan, -np.inf
+    best, tokens = drawn(logits, 0, temperature=0.0)
+    assert tokens[[0, 3]].tolist() == [600, 0]
+    assert np.isnan(best[1])
+    assert np.isneginf(best[2])
