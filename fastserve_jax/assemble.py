@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -154,16 +154,9 @@ def load(
 
         compiling = pool.submit(compile_all, jobs, report.compiled, traced)
         reading = pool.submit(_read, files, empty, cache_dir / "converted", report)
-
-        def after_reading[T](made: Callable[[], T]) -> T:
-            """Not beside what converting takes for a while."""
-            wait([reading])
-            give_back_memory()
-            return made()
-
-        paging = pool.submit(after_reading, lambda: empty_pages(config, shape, dtype))
         layout, device = shape.host_layout(config), jax.devices()[0]
-        hosting = pool.submit(after_reading, lambda: empty_host_pages(layout, dtype, device))
+        paging = pool.submit(_after, reading, lambda: empty_pages(config, shape, dtype))
+        hosting = pool.submit(_after, reading, lambda: empty_host_pages(layout, dtype, device))
         tokenizer = load_tokenizer(files.tokenizer_source)
         template = ChatTemplate(tokenizer)
         compiled = compiling.result()
@@ -187,6 +180,13 @@ def load(
         cost=cost,
         draft_cost=None if draft is None else measure_draft(runner, draft.shape),
     )
+
+
+def _after[T](reading: Future[State], made: Callable[[], T]) -> T:
+    """Not beside what converting takes for a while."""
+    wait([reading])
+    give_back_memory()
+    return made()
 
 
 def _draft(files: ModelFiles, settings: Settings, cache_dir: Path, report: Report) -> DraftModel:

@@ -9,6 +9,7 @@ all that stands around it, and rows of padding, from `live` on, are not computed
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -87,6 +88,16 @@ def best_output(
     it, without the product in memory; None where that cannot be had."""
     weight, scale = matrix
     return cpu.int8_best(x, weight, scale, live) if scale is not None and cpu.runs() else None
+
+
+def drawn_output(
+    x: jax.Array, matrix: Matrix, live: jax.Array
+) -> Callable[[cpu.Rules], tuple[jax.Array, jax.Array]] | None:
+    """The same for an output drawn from each row; None where that cannot be had."""
+    weight, scale = matrix
+    if scale is None or not cpu.runs():
+        return None
+    return lambda rules: cpu.int8_draw(x, weight, scale, live, rules)
 
 
 def spread(x: jax.Array) -> jax.Array:

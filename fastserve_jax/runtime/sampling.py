@@ -132,24 +132,47 @@ def _own(state: SlotState, slots: jax.Array, positions: jax.Array, vocab: int) -
 def draw_from(
     logits: Callable[[], jax.Array],
     best: Callable[[], tuple[jax.Array, jax.Array] | None],
+    chance: Callable[[cpu.Rules], tuple[jax.Array, jax.Array]] | None,
     vocab: int,
     state: SlotState,
     slots: jax.Array,
     positions: jax.Array,
 ) -> Drawn:
     """`draw`, of logits that are made in the branch that needs them. Where nobody asks for more
-    than the best token, `best` gives each row's highest logit and its token, or None: then they
-    are found in the logits."""
+    than a token, they are not even that: `best` gives each row's highest logit and its token, or
+    None, and `chance`, where there is one, tokens by rules."""
     own = _own(state, slots, positions, vocab)
-    asked = jnp.any(own.biased) | jnp.any(own.penalised)
-    asked |= jnp.any(own.is_drawn) | jnp.any(own.state.logprobs)
+    is_drawn = jnp.any(own.is_drawn)
+    asked = jnp.any(own.biased) | jnp.any(own.penalised) | jnp.any(own.state.logprobs)
 
     def plain() -> Drawn:
-        highest, tokens = best() or pick.highest(logits())
-        return Drawn(jnp.where(jnp.isfinite(highest), tokens, -1), *_unscored(len(tokens)))
+        return _only(*(best() or pick.highest(logits())))
 
-    drawn: Drawn = lax.cond(asked, lambda: draw(logits(), state, slots, positions), plain)
+    def whole() -> Drawn:
+        return draw(logits(), state, slots, positions)
+
+    def fused() -> Drawn:
+        assert chance is not None
+        rules = _rules(own, positions)
+        drawn: Drawn = lax.cond(is_drawn, lambda: _only(*chance(rules)), plain)
+        return drawn
+
+    drawn: Drawn
+    if chance is None:
+        drawn = lax.cond(asked | is_drawn, whole, plain)
+    else:
+        drawn = lax.cond(asked, whole, fused)
     return drawn
+
+
+def _only(best: jax.Array, tokens: jax.Array) -> Drawn:
+    return Drawn(jnp.where(jnp.isfinite(best), tokens, -1), *_unscored(len(tokens)))
+
+
+def _rules(own: _Own, positions: jax.Array) -> cpu.Rules:
+    of = own.state
+    bits = jax.vmap(pick.random_bits)(of.seed, positions)
+    return cpu.Rules(of.temperature, of.top_p, of.min_p, of.top_k, bits)
 
 
 def draw(logits: jax.Array, state: SlotState, slots: jax.Array, positions: jax.Array) -> Drawn:
@@ -157,14 +180,13 @@ def draw(logits: jax.Array, state: SlotState, slots: jax.Array, positions: jax.A
 
     `slots` [rows]; one out of range is padding, behind all others: its token means nothing.
     """
-    own, biased, penalised, is_drawn = _own(state, slots, positions, logits.shape[-1])
+    asks = _own(state, slots, positions, logits.shape[-1])
+    own, biased, penalised, is_drawn = asks
 
     def choose(shaped: jax.Array) -> tuple[jax.Array, jax.Array]:
         if cpu.runs():
             live = jnp.sum(slots < state.seed.shape[0], dtype=jnp.int32)  # they stand first
-            bits = jax.vmap(pick.random_bits)(own.seed, positions)
-            cuts = (own.top_p, own.min_p, own.top_k)
-            return cpu.draw(shaped, live, own.temperature, *cuts, bits)
+            return cpu.draw(shaped, live, _rules(asks, positions))
         best, greedy = pick.highest(shaped)
         sampled = lax.cond(
             jnp.any(is_drawn), lambda: pick.draw(shaped, best, own, positions), lambda: greedy

@@ -30,7 +30,7 @@ from jax.typing import DTypeLike
 from fastserve_jax.core.types import MAX_TOP_LOGPROBS
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import Batch, Decoder, State, head_of, place
-from fastserve_jax.models.layers import Matrix, best_output, project
+from fastserve_jax.models.layers import Matrix, best_output, drawn_output, project
 from pallas_kernels import KVLayout
 
 from . import sampling
@@ -147,6 +147,7 @@ class Steps:
         drawn = sampling.draw_from(
             lambda: project(chosen, head, live),
             lambda: best_output(chosen, head, live),
+            drawn_output(chosen, head, live),
             self.config.vocab_size,
             state,
             slots,

@@ -7,16 +7,18 @@ products, and a draw from that vocabulary takes it as long as all the rest. Impo
 """
 
 from .attention import fits, paged_attention
-from .draw import draw
+from .draw import Rules, draw, int8_draw
 from .int8 import Norm, int8_best, int8_matmul
 from .library import FUNCTIONS, missing, runs
 
 __all__ = [
     "FUNCTIONS",
     "Norm",
+    "Rules",
     "draw",
     "fits",
     "int8_best",
+    "int8_draw",
     "int8_matmul",
     "missing",
     "paged_attention",

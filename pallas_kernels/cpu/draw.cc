@@ -14,6 +14,7 @@
 #include <functional>
 #include <vector>
 
+#include "draw.h"
 #include "ffi.h"
 #include "team.h"
 #include "vector.h"
@@ -140,22 +141,22 @@ struct Row {
   }
 };
 
-struct Rules {
+struct Rule {
   float temperature, top_p, min_p;
   int32_t top_k;
   uint64_t seed;
 };
 
-int64_t draw(Row& row, Rules rules) {
-  row.inverse_heat = 1.0f / rules.temperature;
-  row.floor = row.best + std::log(rules.min_p) * rules.temperature;
-  if (rules.top_k > 0 && rules.top_k < row.vocab) row.floor = std::max(row.floor, row.kth(rules.top_k));
+int64_t by_chance(Row& row, Rule rule) {
+  row.inverse_heat = 1.0f / rule.temperature;
+  row.floor = row.best + std::log(rule.min_p) * rule.temperature;
+  if (rule.top_k > 0 && rule.top_k < row.vocab) row.floor = std::max(row.floor, row.kth(rule.top_k));
   row.weigh();
-  const double goal = rules.top_p * row.total;
+  const double goal = rule.top_p * row.total;
   for (;;) {
-    const int64_t token = row.find(uniform(rules.seed) * row.total);
+    const int64_t token = row.find(uniform(rule.seed) * row.total);
     const float own = row.logits[token];
-    if (!(rules.top_p < 1.0f) || own == row.best) return token;
+    if (!(rule.top_p < 1.0f) || own == row.best) return token;
     row.floor = own, row.above = true;
     row.weigh();
     if (row.total < goal) return token;
@@ -163,6 +164,28 @@ int64_t draw(Row& row, Rules rules) {
 }
 
 }  // namespace
+
+Rules::Rules(ffi::Buffer** args)
+    : temperature(args[0]->as<float>()), top_p(args[1]->as<float>()), min_p(args[2]->as<float>()),
+      top_k(args[3]->as<int32_t>()), seeds(args[4]->as<uint32_t>()) {}
+
+void draw(const float* logits, int64_t rows, int64_t vocab, const Rules& rules, float* best,
+          int32_t* tokens) {
+  team().each(rows, [&](int64_t m) {
+    Row row;
+    row.logits = logits + m * vocab, row.vocab = vocab;
+    tokens[m] = 0;
+    if (!row.look()) {
+      best[m] = NAN;
+      return;
+    }
+    best[m] = row.best;
+    const Rule rule = {rules.temperature[m], rules.top_p[m], rules.min_p[m], rules.top_k[m],
+                       uint64_t{rules.seeds[2 * m]} << 32 | rules.seeds[2 * m + 1]};
+    const bool drawn = rule.temperature > 0.0f && std::isfinite(row.best);
+    tokens[m] = static_cast<int32_t>(drawn ? by_chance(row, rule) : row.first_best());
+  });
+}
 
 extern "C" {
 
@@ -176,21 +199,8 @@ void* fastserve_draw(ffi::CallFrame* frame) {
   const int64_t rows = std::clamp<int64_t>(*args[0]->as<int32_t>(), 0, all);
   float* best = frame->rets.buffers[0]->as<float>();
   int32_t* tokens = frame->rets.buffers[1]->as<int32_t>();
-  std::fill(best, best + all, 0.0f), std::fill(tokens, tokens + all, 0);
-  team().each(rows, [&](int64_t m) {
-    Row row;
-    row.logits = args[1]->as<float>() + m * vocab, row.vocab = vocab;
-    if (!row.look()) {
-      best[m] = NAN;
-      return;
-    }
-    best[m] = row.best;
-    const uint32_t* seed = args[6]->as<uint32_t>() + 2 * m;
-    const Rules rules = {args[2]->as<float>()[m], args[3]->as<float>()[m], args[4]->as<float>()[m],
-                         args[5]->as<int32_t>()[m], uint64_t{seed[0]} << 32 | seed[1]};
-    const bool drawn = rules.temperature > 0.0f && std::isfinite(row.best);
-    tokens[m] = static_cast<int32_t>(drawn ? draw(row, rules) : row.first_best());
-  });
+  draw(args[1]->as<float>(), rows, vocab, Rules(args + 2), best, tokens);
+  std::fill(best + rows, best + all, 0.0f), std::fill(tokens + rows, tokens + all, 0);
   return nullptr;
 }
 

@@ -10,8 +10,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
+#include <mutex>
 #include <vector>
 
+#include "draw.h"
 #include "ffi.h"
 #include "team.h"
 #include "vector.h"
@@ -262,6 +265,26 @@ void multiply(const Product& p, const One& one, const Four& four) {
   });
 }
 
+// The product to out [rows, outputs], with `residual` added where there is one.
+void store(const Product& p, float* out, const float* residual) {
+  multiply(
+      p,
+      [&](int64_t m, int64_t n, __mmask16 live, __m512 values) {
+        const int64_t at = m * p.outputs + n;
+        if (residual) values = _mm512_add_ps(values, _mm512_maskz_loadu_ps(live, residual + at));
+        _mm512_mask_storeu_ps(out + at, live, values);
+      },
+      [&](int64_t m, int64_t n, __m512 values) {
+        const __m128 quarters[] = {
+            _mm512_extractf32x4_ps(values, 0), _mm512_extractf32x4_ps(values, 1),
+            _mm512_extractf32x4_ps(values, 2), _mm512_extractf32x4_ps(values, 3)};
+        for (int r = 0; r < 4; ++r) {
+          const int64_t at = (m + r) * p.outputs + n;
+          _mm_storeu_ps(out + at, residual ? _mm_add_ps(quarters[r], _mm_loadu_ps(residual + at)) : quarters[r]);
+        }
+      });
+}
+
 Floats floats(const ffi::Buffer& buffer) {
   return {buffer.data, buffer.dtype == ffi::kBFloat16};
 }
@@ -293,24 +316,7 @@ void* fastserve_int8_matmul(ffi::CallFrame* frame) {
     prepare(before, x + m * width, size, floats(*args[4]), eps, row);
   });
   float* out = frame->rets.buffers[0]->as<float>();
-  const bool adds = after == kAdd;
-  multiply(
-      p,
-      [&](int64_t m, int64_t n, __mmask16 live, __m512 values) {
-        const int64_t at = m * p.outputs + n;
-        if (adds) values = _mm512_add_ps(values, _mm512_maskz_loadu_ps(live, residual + at));
-        _mm512_mask_storeu_ps(out + at, live, values);
-      },
-      [&](int64_t m, int64_t n, __m512 values) {
-        const __m128 quarters[] = {
-            _mm512_extractf32x4_ps(values, 0), _mm512_extractf32x4_ps(values, 1),
-            _mm512_extractf32x4_ps(values, 2), _mm512_extractf32x4_ps(values, 3)};
-        for (int r = 0; r < 4; ++r) {
-          const int64_t at = (m + r) * p.outputs + n;
-          const __m128 sum = adds ? _mm_add_ps(quarters[r], _mm_loadu_ps(residual + at)) : quarters[r];
-          _mm_storeu_ps(out + at, sum);
-        }
-      });
+  store(p, out, after == kAdd ? residual : nullptr);
   if (after == kNormAdd) {
     const Floats weight = floats(*args[5]);
     const int64_t stripe = std::max<int64_t>(1, 8192 / p.outputs);
@@ -378,6 +384,35 @@ void* fastserve_int8_best(ffi::CallFrame* frame) {
     value[m] = std::isnan(p.row_scale[m]) ? NAN : best.value;
     index[m] = best.index;
   }
+  return nullptr;
+}
+
+// live [1] s32, x [rows, size] f32, weight [outputs, size] s8, scale [outputs] f32, and the rules
+// of fastserve_draw -> what that makes of the product. Logits of a vocabulary are large: here they
+// lie in memory that is kept, where the system need not clear pages for each step.
+void* fastserve_int8_draw(ffi::CallFrame* frame) {
+  if (!frame->runs()) return nullptr;
+  static std::mutex mutex;
+  static std::unique_ptr<float[]> logits;
+  static int64_t room = 0;
+  ffi::Buffer** args = frame->args.buffers;
+  const int64_t all = args[1]->dims[0], size = args[1]->dims[1];
+  const int64_t rows = std::clamp<int64_t>(*args[0]->as<int32_t>(), 0, all);
+  const float* x = args[1]->as<float>();
+  const Product p = product(rows, *args[2], *args[3], [&](int64_t m, float* row) {
+    prepare(kNothing, x + m * size, size, {}, 0.0f, row);
+  });
+  float* best = frame->rets.buffers[0]->as<float>();
+  int32_t* tokens = frame->rets.buffers[1]->as<int32_t>();
+  std::fill(best + rows, best + all, 0.0f), std::fill(tokens + rows, tokens + all, 0);
+  std::lock_guard<std::mutex> lock(mutex);
+  if (rows * p.outputs > room) {
+    room = rows * p.outputs;
+    logits.reset();
+    logits.reset(new float[room]);
+  }
+  store(p, logits.get(), nullptr);
+  draw(logits.get(), rows, p.outputs, Rules(args + 4), best, tokens);
   return nullptr;
 }
 

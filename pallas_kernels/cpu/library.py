@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 
 FUNCTIONS = (
-    *("fastserve_int8_matmul", "fastserve_int8_best", "fastserve_attention"),
-    "fastserve_draw",
+    *("fastserve_int8_matmul", "fastserve_int8_best", "fastserve_int8_draw"),
+    *("fastserve_attention", "fastserve_draw"),
 )
 
 

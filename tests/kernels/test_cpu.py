@@ -203,7 +203,8 @@ def drawn(logits, seeds, temperature=1.0, top_p=1.0, min_p=0.0, top_k=0, live=No
     rules = [np.full(rows, x, np.float32) for x in (temperature, top_p, min_p)]
     bits = np.random.default_rng(seeds).integers(0, 2**32, (rows, 2), np.uint32)
     live = jnp.int32(rows if live is None else live)
-    best, tokens = cpu.draw(jnp.asarray(logits), live, *rules, np.full(rows, top_k, np.int32), bits)
+    rules = cpu.Rules(*rules, np.full(rows, top_k, np.int32), bits)
+    best, tokens = cpu.draw(jnp.asarray(logits), live, rules)
     return np.asarray(best), np.asarray(tokens)
 
 
@@ -276,6 +277,24 @@ def test_draws_are_as_frequent_as_their_weights(rules):
     terms = ((got - expected)[expected > 0]) ** 2 / expected[expected > 0]
     freedom = max(len(terms) - 1, 1)
     assert terms.sum() < freedom + 5 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_draws_of_a_product_are_those_of_its_rows(rows):
+    rng = np.random.default_rng(rows)
+    x = rng.standard_normal((rows + 2, 640), np.float32)
+    weight, scale = matrix(rng, 3001, 640)
+    bits = rng.integers(0, 2**32, (rows + 2, 2), np.uint32)
+    hot = np.linspace(0, 2, rows + 2, dtype=np.float32)
+    rules = cpu.Rules(hot, hot * 0 + 0.9, hot * 0, np.full(rows + 2, 40, np.int32), bits)
+    live = jnp.int32(rows)
+    made = cpu.int8_draw(x, weight, scale, live, rules)
+    wanted = cpu.draw(cpu.int8_matmul(x, weight, scale, live), live, rules)
+    for one, other in zip(made, wanted, strict=True):
+        assert np.array_equal(one, other)
+    assert np.asarray(made[1])[:rows].all()
+    again = cpu.int8_draw(x[:1], weight, scale, live, cpu.Rules(*(rule[:1] for rule in rules)))
+    assert again[1][0] == made[1][0]
 
 
 def test_a_row_draws_the_same_alone_and_rows_behind_the_live_ones_nothing():
