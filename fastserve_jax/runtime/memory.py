@@ -17,7 +17,7 @@ from fastserve_jax.errors import DoesNotFit
 from fastserve_jax.models.config import ModelConfig
 from pallas_kernels import KVLayout
 
-CPU_FRACTION = 0.05  # of free memory, for pages: a laptop has other uses for the rest
+CPU_FRACTION = 0.05  # of all memory, for pages: a laptop has other uses for the rest
 CPU_GRAIN = 1  # its pool is a power of two, so that a start finds the programs of the one before
 DEVICE_FRACTION = 0.9  # of an accelerator's, where what is free at start hardly varies
 DEVICE_GRAIN = 16  # steps between two powers of two
@@ -31,6 +31,12 @@ class FreeMemory:
     fraction: float  # of it that pages may take
     grain: int  # a pool's pages are rounded down to 1 / grain of a power of two
     shared: bool = False  # host memory that is the device's too
+    whole_bytes: int = 0  # where what is free varies from start to start: all there is
+
+    @property
+    def share_bytes(self) -> int:
+        """What pages may take, if so much is free."""
+        return int((self.whole_bytes or self.free_bytes) * self.fraction)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +96,7 @@ def plan_memory(
     one_request = -(-max_context // page_size)
     left = free.free_bytes - weight_bytes - work_bytes - draft_bytes
     if num_pages == 0:
-        budget = int(min(left, free.free_bytes * free.fraction))
+        budget = min(left, free.share_bytes)
         num_pages = max(_round_down(budget // page_bytes, free.grain), one_request)
         num_pages = min(num_pages, one_request * max_slots)
     plan = MemoryPlan(
@@ -123,7 +129,7 @@ def plan_host_pages(plan: MemoryPlan, host_pages: int, free: FreeMemory) -> Memo
     if free.shared:
         left -= plan.weight_bytes + plan.work_bytes + plan.kv_bytes + plan.draft_bytes
     if host_pages < 0:
-        budget = int(min(left, free.free_bytes * free.fraction, MOST_HOST_BYTES))
+        budget = min(left, free.share_bytes, MOST_HOST_BYTES)
         host_pages = _round_down(max(budget, 0) // plan.page_bytes, free.grain)
         host_pages = min(host_pages, plan.num_pages) if free.shared else host_pages
     plan = replace(plan, host_pages=host_pages)
@@ -144,7 +150,9 @@ def free_memory(device: jax.Device) -> FreeMemory:
     if stats:
         free = stats["bytes_limit"] - stats["bytes_in_use"]
         return FreeMemory(free, DEVICE_FRACTION, DEVICE_GRAIN)
-    return FreeMemory(_free_host_bytes(), CPU_FRACTION, CPU_GRAIN)
+    whole_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    whole_bytes = min(whole_bytes, _group_bytes()[0])
+    return FreeMemory(_free_host_bytes(), CPU_FRACTION, CPU_GRAIN, whole_bytes=whole_bytes)
 
 
 def free_host_memory(device: jax.Device) -> FreeMemory:
@@ -169,18 +177,19 @@ def _free_host_bytes() -> int:
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
-    return min(free, _group_limit())
+    limit, used = _group_bytes()
+    return min(free, limit - used)
 
 
-def _group_limit() -> int:
-    """A container's memory limit less what it uses; without one, no bound."""
+def _group_bytes() -> tuple[int, int]:
+    """A container's memory limit, without one no bound, and what it uses."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit = (folder / "memory.max").read_text().strip()
         used = int((folder / "memory.current").read_text())
     except OSError:
-        return 2**62
-    return int(limit) - used if limit.isdigit() else 2**62
+        return 2**62, 0
+    return (int(limit) if limit.isdigit() else 2**62), used
 
 
 def _size(count: int) -> str:

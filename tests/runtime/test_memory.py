@@ -19,7 +19,7 @@ PAGE = 2 * 2 * 16 * 16 * 4 * 2  # key and value, heads, dim, tokens, float32, la
 WEIGHTS = 1 << 20
 
 
-def plan(free_bytes, num_pages=0, max_context=1024, grain=1, fraction=0.5):
+def plan(free_bytes, num_pages=0, max_context=1024, grain=1, fraction=0.5, whole_bytes=0):
     return plan_memory(
         CONFIG,
         np.float32,
@@ -29,7 +29,7 @@ def plan(free_bytes, num_pages=0, max_context=1024, grain=1, fraction=0.5):
         max_context=max_context,
         max_slots=4,
         step_tokens=16,
-        free=FreeMemory(free_bytes, fraction, grain),
+        free=FreeMemory(free_bytes, fraction, grain, whole_bytes=whole_bytes),
     )
 
 
@@ -46,6 +46,15 @@ def test_the_pool_is_what_may_be_taken_and_no_more_than_can_be_used():
 
 def test_a_little_more_or_less_free_memory_gives_the_same_pool():
     assert {plan(int(300 * PAGE * 2 * f)).num_pages for f in (0.95, 1, 1.05)} == {256 // 2 * 2}
+
+
+def test_a_share_of_the_whole_does_not_vary_with_what_is_free():
+    whole = 300 * PAGE * 2
+    share = {FreeMemory(int(whole * f), 0.5, 1, whole_bytes=whole).share_bytes for f in (0.6, 1.0)}
+    assert share == {300 * PAGE}
+    pools = {plan(WEIGHTS + int(whole * f), whole_bytes=whole).num_pages for f in (0.5, 0.7, 0.9)}
+    assert pools == {256}
+    assert plan(WEIGHTS + 120 * PAGE, whole_bytes=whole).num_pages == 64  # little is free
 
 
 def test_one_request_always_has_room():
