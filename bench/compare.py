@@ -2,6 +2,7 @@
 
     python bench/compare.py --ours URL [--peer URL] [--points 1,8,32] [--in 128] [--out 64]
         [--rate 0.5 2] [--prefill 512] [--rounds 5] [--json OUT]
+        [--rules '{"temperature": 1, "top_k": 64, "top_p": 0.95}']
         [--ours-command CMD] [--peer-command CMD] [--exclusive]
 
 Each point is so many clients that stream completions back to back; with `--rate` also requests that
@@ -26,6 +27,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from figures import SERVERS, Point, Row, by_point, describe, row, table
 from hosting import Host, HostingError, Watch
@@ -41,12 +43,14 @@ class Side:
     url: str
     model: str | None
     host: Host | None
+    rules: dict[str, Any]
 
     @asynccontextmanager
     async def up(self) -> AsyncIterator[tuple[Server, Watch | None]]:
         async with AsyncExitStack() as stack:
             watch = await stack.enter_async_context(self.host.up()) if self.host else None
-            yield await stack.enter_async_context(Server(self.name, self.url, self.model)), watch
+            server = Server(self.name, self.url, self.model, rules=self.rules)
+            yield await stack.enter_async_context(server), watch
 
     def start_s(self) -> float | None:
         return median(self.host.starts_s) if self.host and self.host.starts_s else None
@@ -116,6 +120,13 @@ def numbers(text: str) -> list[int]:
     return found
 
 
+def fields(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(text)
+    return found
+
+
 def read() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in SERVERS:
@@ -127,6 +138,7 @@ def read() -> argparse.Namespace:
     parser.add_argument("--out", type=int, default=64, dest="output", help="tokens of an answer")
     parser.add_argument("--rate", type=float, nargs="+", default=[], help="requests a second")
     parser.add_argument("--prefill", type=numbers, default=[], help="tokens of long prompts")
+    parser.add_argument("--rules", type=fields, metavar="JSON", help="instead of temperature 0")
     parser.add_argument("--requests", type=int, help="at each point")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--exclusive", action="store_true", help="only one server up at a time")
@@ -154,7 +166,7 @@ async def compare(asked: argparse.Namespace) -> None:
         url, command = getattr(asked, name), getattr(asked, f"{name}_command")
         if url:
             host = Host(name, url, command) if command else None
-            sides.append(Side(name, url, getattr(asked, f"model_{name}"), host))
+            sides.append(Side(name, url, getattr(asked, f"model_{name}"), host, asked.rules))
     points = make_points(asked)
     found = await rows(sides, points, asked)
     told = by_point(found, points)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
@@ -39,10 +39,17 @@ class Server:
     """Use as `async with`, which asks the server for its model and how it counts tokens."""
 
     def __init__(
-        self, name: str, url: str, model: str | None = None, *, timeout_s: float = 300.0
+        self,
+        name: str,
+        url: str,
+        model: str | None = None,
+        *,
+        rules: Mapping[str, Any] | None = None,
+        timeout_s: float = 300.0,
     ) -> None:
         self.name, self._url = name, url.rstrip("/").removesuffix("/v1")
         self.model = model or ""
+        self._rules = rules or {"temperature": 0}
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=timeout_s)
         self._tokenize: dict[str, Any] | None = None
         self._unseen = 0  # tokens of a request that /tokenize does not count
@@ -76,7 +83,7 @@ class Server:
     async def ask(self, prompt: str, output: int, due: float | None = None) -> Answer:
         """Streams one completion. Latency counts from when it was due, else from now."""
         began = time.perf_counter() if due is None else due
-        body = {"model": self.model, "prompt": prompt, "max_tokens": output, "temperature": 0}
+        body = {"model": self.model, "prompt": prompt, "max_tokens": output, **self._rules}
         body |= {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
         stamps: list[float] = []
         usage: dict[str, int] | None = None

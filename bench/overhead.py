@@ -38,7 +38,7 @@ from fastserve_jax.server.config import ServerConfig
 from fastserve_jax.server.lifecycle import listening
 from fastserve_jax.server.state import Served, ServerState
 
-FLOOR_TOKENS_PER_S = 10_000
+FLOOR_TOKENS_PER_S = 20_000
 MODEL = "overhead"
 VOCAB = 32_000
 _WORDS = [f" w{id}".encode() for id in range(VOCAB)]

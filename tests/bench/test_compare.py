@@ -93,6 +93,17 @@ async def test_both_get_exact_and_different_prompts_and_rows_say_what_usage_says
     assert "note" not in printed
 
 
+async def test_rules_stand_instead_of_temperature_0():
+    fake = Fake(chunk_s=0.001)
+    rules = {"temperature": 1.0, "top_k": 64}
+    async with listening(fake) as url:
+        asked = ("--ours", url, "--points", "1", "--rounds", "1", "--requests", "2")
+        status, _, err = await compare(*asked, "--rules", json.dumps(rules))
+    assert status == 0, err
+    assert all(body | rules == body for body in sent(fake, 64))
+    assert len(sent(fake, 64)) == 3
+
+
 async def test_only_one_server_is_loaded_at_a_time_and_the_first_changes_by_round(tmp_path: Path):
     ours, peer, together = Fake(chunk_s=0.002), Fake(chunk_s=0.002), []
 
