@@ -6,10 +6,10 @@ simulation says of the same requests.
 One process serves over HTTP, one policy at a time; this one sends the requests at their times. In
 each round every policy gets the same requests, and the order changes from round to round. Output
 lengths are the trace's: the end-of-text token is forbidden before and forced at that length, which
-the scheduler does not see. Before the rounds all requests are sent at once under fcfs: that gives
-the rate at which it completes them, hence rho, and the steps that the cost model is fitted to.
-Afterwards the production scheduler plays the same requests in virtual time on that model. Exit
-status 1 when a figure misses what is asked.
+the scheduler does not see; nothing is guessed ahead, as in virtual time. Before the rounds all
+requests are sent at once under fcfs: that gives the rate at which it completes them, hence rho, and
+the steps that the cost model is fitted to. Afterwards the production scheduler plays the same
+requests in virtual time on that model. Exit status 1 when a figure misses what is asked.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def main() -> int:
     asked = parser.parse_args()
     policies = asked.policies.split(",")
     sets = [f"engine.max_slots={asked.slots}", "engine.max_context=512", f"kv.pages={asked.pages}"]
-    sets += [f"kv.host_pages={8 * asked.pages}"]
+    sets += [f"kv.host_pages={8 * asked.pages}", "engine.speculate=off"]
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     server = context.Process(target=serve, args=(there, asked.model, sets))
