@@ -24,7 +24,9 @@ namespace {
 enum Before { kNothing, kNorm, kGatedGelu, kGatedSilu };
 enum After { kStore, kAdd, kNormAdd };
 
-constexpr int64_t kTaskBytes = 32 << 10;  // of weights: a task must be worth its hand-over
+constexpr int64_t kTaskBytes = 32 << 10;  // of weights: a task must be worth its hand-over,
+constexpr int64_t kMostBytes = 256 << 10;  // and longer stretches of memory are read faster
+constexpr int64_t kTasks = 64;             // that are enough to be shared out evenly
 constexpr int64_t kAheadBytes = 2560;     // fetched into the cache so long before their use
 constexpr int64_t kFewRows = 4;           // below, signs are cheaper than an excess
 constexpr int64_t kBlock = 64;            // of the Hadamard matrix; a smaller one where none fits
@@ -255,10 +257,16 @@ Product product(int64_t rows, const ffi::Buffer& matrix, const ffi::Buffer& scal
   return p;
 }
 
+// Of sixteen outputs each, in one task.
+int64_t tiles_per_task(const Product& p) {
+  const int64_t bytes = std::clamp(p.outputs * p.size / kTasks, kTaskBytes, kMostBytes);
+  return std::max<int64_t>(1, bytes / (16 * p.size));
+}
+
 template <class One, class Four>
 void multiply(const Product& p, const One& one, const Four& four) {
   const int64_t tiles = (p.outputs + 15) / 16;
-  const int64_t per_task = std::max<int64_t>(1, kTaskBytes / (16 * p.size));
+  const int64_t per_task = tiles_per_task(p);
   team().each((tiles + per_task - 1) / per_task, [&](int64_t i) {
     for (int64_t t = i * per_task; t < std::min(tiles, (i + 1) * per_task); ++t)
       sixteen(p, 16 * t, one, four);
@@ -357,7 +365,7 @@ void* fastserve_int8_best(ffi::CallFrame* frame) {
   };
   // By task, so that the first of equals is found whoever runs what.
   const int64_t tiles = (p.outputs + 15) / 16;
-  const int64_t per_task = std::max<int64_t>(1, 8 * kTaskBytes / (16 * size));
+  const int64_t per_task = tiles_per_task(p);
   const int64_t tasks = (tiles + per_task - 1) / per_task;
   std::vector<Best> bests(tasks * rows);
   team().each(tasks, [&](int64_t i) {
