@@ -16,7 +16,7 @@ from .sequence import Sequence, by_rank
 from .speculate import Guesses, Speculation
 from .types import Admission, Plan, Work
 
-_LOOK_AHEAD = 16  # waiting sequences passed over for want of pages before a step stops looking
+_LOOK_AHEAD = 32  # waiting sequences passed over for want of pages before a step stops looking
 _COPY_SHARE = 0.05  # of a step's time that copies ahead of need may add where nothing hides them
 
 
@@ -268,7 +268,7 @@ class Draft:
             count = min(lacking, most, self._room_for(head, found))
             if count > 0:
                 books.fetch(head, found, count)
-                self._room.keeps(head)
+                self._room.changed()
                 most -= count
             if count < lacking and not is_idle:
                 return

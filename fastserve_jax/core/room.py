@@ -5,7 +5,7 @@ Orders are made when first asked for, and once. Finds out; carries out nothing.
 
 from __future__ import annotations
 
-from bisect import bisect, insort
+from bisect import bisect
 from collections.abc import KeysView
 from itertools import accumulate
 
@@ -22,10 +22,11 @@ class Room:
         self._running: list[Sequence] | None = None
         self._keepers: list[Sequence] = []  # who waits and keeps pages, last to start last
         self._is_sorted = False
+        self._giving = -1  # who loses pages in this step; -1: nobody yet
         self._dirty: list[int] = []  # of the first pages to go, those without a copy
 
     def begin(self) -> None:
-        self._running, self._is_sorted = None, False
+        self._running, self._is_sorted, self._giving = None, False, -1
         self.changed()
 
     @property
@@ -62,15 +63,10 @@ class Room:
         return victims
 
     def left(self, victim: Sequence) -> None:
-        """`victim` has made room; what it computed is kept while there is room for it."""
+        """`victim` has made room. What copies of its own pages will take is not foreseen in this
+        step: to let in fewer for that costs more than it saves (bench/bars.py, sharegpt)."""
         last = self.running.pop()
         assert last is victim, "the lowest rank goes first"
-        self.keeps(victim)
-
-    def keeps(self, seq: Sequence) -> None:
-        """Pages are kept for `seq` now."""
-        if self._is_sorted and seq not in self._keepers:
-            insort(self._keepers, seq, key=self._policy.starts_in)
         self.changed()
 
     def changed(self) -> None:
@@ -78,11 +74,12 @@ class Room:
         self._dirty = []
 
     def last(self, keepers: KeysView[int]) -> int:
-        """Of those that wait, the one that can do without its pages for longest."""
-        order = self._order()
-        while order[-1].id not in keepers:
-            order.pop()
-        return order[-1].id
+        """Of those that wait, the one that can do without its pages for longest; in one step the
+        same as before while it has any, or two would have to fetch what they lack."""
+        if self._giving not in keepers:
+            sequences, starts_in = self._books.sequences, self._policy.starts_in
+            self._giving = max(keepers, key=lambda keeper: starts_in(sequences[keeper]))
+        return self._giving
 
     def next_to_go(self, count: int) -> list[tuple[int, bytes]]:
         """The first `count` pages, with their names, that would have to go: of those who wait, then
