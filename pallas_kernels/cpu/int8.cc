@@ -297,6 +297,16 @@ Floats floats(const ffi::Buffer& buffer) {
   return {buffer.data, buffer.dtype == ffi::kBFloat16};
 }
 
+// Of arguments that begin with live, x, weight and scale, and nothing before it.
+Product plain_product(ffi::Buffer** args) {
+  const int64_t all = args[1]->dims[0], size = args[1]->dims[1];
+  const int64_t rows = std::clamp<int64_t>(*args[0]->as<int32_t>(), 0, all);
+  const float* x = args[1]->as<float>();
+  return product(rows, *args[2], *args[3], [&](int64_t m, float* row) {
+    prepare(kNothing, x + m * size, size, {}, 0.0f, row);
+  });
+}
+
 }  // namespace
 
 extern "C" {
@@ -350,12 +360,8 @@ void* fastserve_int8_matmul(ffi::CallFrame* frame) {
 void* fastserve_int8_best(ffi::CallFrame* frame) {
   if (!frame->runs()) return nullptr;
   ffi::Buffer** args = frame->args.buffers;
-  const int64_t all = args[1]->dims[0], size = args[1]->dims[1];
-  const int64_t rows = std::clamp<int64_t>(*args[0]->as<int32_t>(), 0, all);
-  const float* x = args[1]->as<float>();
-  const Product p = product(rows, *args[2], *args[3], [&](int64_t m, float* row) {
-    prepare(kNothing, x + m * size, size, {}, 0.0f, row);
-  });
+  const Product p = plain_product(args);
+  const int64_t all = args[1]->dims[0], rows = p.rows;
   float* value = frame->rets.buffers[0]->as<float>();
   int32_t* index = frame->rets.buffers[1]->as<int32_t>();
   std::fill(value, value + all, 0.0f), std::fill(index, index + all, 0);
@@ -404,12 +410,8 @@ void* fastserve_int8_draw(ffi::CallFrame* frame) {
   static std::unique_ptr<float[]> logits;
   static int64_t room = 0;
   ffi::Buffer** args = frame->args.buffers;
-  const int64_t all = args[1]->dims[0], size = args[1]->dims[1];
-  const int64_t rows = std::clamp<int64_t>(*args[0]->as<int32_t>(), 0, all);
-  const float* x = args[1]->as<float>();
-  const Product p = product(rows, *args[2], *args[3], [&](int64_t m, float* row) {
-    prepare(kNothing, x + m * size, size, {}, 0.0f, row);
-  });
+  const Product p = plain_product(args);
+  const int64_t all = args[1]->dims[0], rows = p.rows;
   float* best = frame->rets.buffers[0]->as<float>();
   int32_t* tokens = frame->rets.buffers[1]->as<int32_t>();
   std::fill(best + rows, best + all, 0.0f), std::fill(tokens + rows, tokens + all, 0);

@@ -56,7 +56,9 @@ calm = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCh
 @calm
 @given(bounds, policies, st.integers(0, 1), st.lists(moves, max_size=60), costs, vocabs)
 def test_everybody_gets_what_it_gets_alone(limits, name, overlap, script, cost, vocab):
-    live(limits, name, overlap, script, cost=cost, vocab=vocab)
+    driver = live(limits, name, overlap, script, cost=cost, vocab=vocab)
+    assert driver.done.keys() == driver.requests.keys()
+    driver.assert_all_as_alone()
 
 
 @calm

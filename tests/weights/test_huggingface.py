@@ -227,26 +227,27 @@ def test_settings_that_cannot_be_served(
         _config(tmp_path, family, **changes)
 
 
-def _broken(tmp_path: Path, reason: str) -> None:
-    with pytest.raises(ModelFileError, match=reason):
+def _refusal(tmp_path: Path) -> str:
+    with pytest.raises(ModelFileError) as refused:
         open_folder(tmp_path, "m")
+    return str(refused.value)
 
 
 def test_damaged_folders(tmp_path: Path) -> None:
-    _broken(tmp_path, "config.json: cannot read")
+    assert "config.json: cannot read" in _refusal(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    _broken(tmp_path, "config.json: cannot read")
+    assert "config.json: cannot read" in _refusal(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    _broken(tmp_path, "not a JSON object")
+    assert "not a JSON object" in _refusal(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(folder_config("llama")))
-    _broken(tmp_path, "neither model.safetensors nor")
+    assert "neither model.safetensors nor" in _refusal(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10" + bytes(7) + b"{")
-    _broken(tmp_path, "model.safetensors: cannot read")
+    assert "model.safetensors: cannot read" in _refusal(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": "../../etc/passwd"}}))
-    _broken(tmp_path, "outside the folder")
+    assert "outside the folder" in _refusal(tmp_path)
     index.write_text(json.dumps({"weight_map": {"w": "model-2.safetensors"}}))
-    _broken(tmp_path, r"model-2.safetensors: cannot read")
+    assert "model-2.safetensors: cannot read" in _refusal(tmp_path)
 
 
 def test_integer_weights_are_named(tmp_path: Path) -> None:
