@@ -3,80 +3,20 @@
 import asyncio
 import random
 from contextlib import AsyncExitStack
-from dataclasses import replace
 
 import pytest
 
-from fastserve_jax.core.cost import CostModel
-from fastserve_jax.core.policy import make_policy
-from fastserve_jax.core.scheduler import Limits, Scheduler
+from fastserve_jax.core.scheduler import Limits
 from fastserve_jax.core.types import (
     DoneEvent,
     Finish,
     PromptEvent,
-    Request,
-    Sampling,
     StartEvent,
     TokenEvent,
 )
-from fastserve_jax.engine import Engine
 from fastserve_jax.errors import EngineFailed, InvalidRequest, Overloaded
-from tests.fakes import VOCAB, FakeDevice, FakeRunner, alone
-
-LIMITS = Limits(page_size=4, num_pages=48, max_slots=8, step_tokens=24, max_context=64)
-
-
-class House:
-    """An engine with everything a test wants to look at."""
-
-    def __init__(
-        self,
-        limits=LIMITS,
-        policy="fcfs",
-        *,
-        overlap=True,
-        delay_s=0.0,
-        fail_at=None,
-        vocab=VOCAB,
-    ):
-        self.scheduler = Scheduler(limits, make_policy(policy, limits, CostModel()))
-        self.device = FakeDevice(limits, vocab=vocab)
-        self.runner = FakeRunner(self.device, delay_s=delay_s, fail_at=fail_at)
-        self.records = []
-        self.engine = Engine(
-            self.scheduler, self.runner, overlap=overlap, on_step=self.records.append
-        )
-
-    async def __aenter__(self):
-        self.tasks = asyncio.all_tasks()
-        await self.engine.__aenter__()
-        return self
-
-    async def __aexit__(self, *exit_info):
-        await self.engine.__aexit__(*exit_info)
-        self.scheduler.check()
-        assert self.runner.in_flight == 0, "a step was left behind"
-        assert asyncio.all_tasks() <= self.tasks, "a task was left behind"
-
-    def request(self, prompt=(1, 2, 3), max_tokens=4, **rest) -> Request:
-        deadline = rest.pop("deadline", None)
-        return Request(
-            self.engine.new_id(), tuple(prompt), Sampling(max_tokens, **rest), deadline=deadline
-        )
-
-    async def ask(self, request: Request) -> tuple[list[int], Finish]:
-        async with self.engine.stream(request) as events:
-            received = [event async for event in events]
-        *_, done = received
-        assert isinstance(done, DoneEvent)
-        tokens = [event.token for event in received if isinstance(event, TokenEvent)]
-        assert done.output_tokens == len(tokens)
-        return tokens, done.reason
-
-    async def assert_empty(self) -> None:
-        await asyncio.wait_for(self.engine.drain(), 5)
-        stats = self.engine.stats()
-        assert (stats.running, stats.waiting, stats.ending, stats.pages_used) == (0, 0, 0, 0)
+from tests.engine.house import House
+from tests.fakes import VOCAB, alone
 
 
 async def test_a_stream_gives_prompt_scores_tokens_and_the_end():
@@ -289,115 +229,3 @@ async def test_drain_waits_for_the_last_request():
         await asyncio.wait_for(house.engine.drain(), 5)
         assert (await client)[1] is Finish.LENGTH
         await house.assert_empty()
-
-
-async def test_an_idle_engine_does_nothing_and_wakes_at_once(monkeypatch):
-    async with House() as house:
-        turns = 0
-        plan = house.scheduler.plan
-
-        def counted(now):
-            nonlocal turns
-            turns += 1
-            return plan(now)
-
-        monkeypatch.setattr(house.scheduler, "plan", counted)
-        await asyncio.sleep(0.05)
-        assert turns <= 1  # as it starts
-        await house.ask(house.request())
-        after = turns
-        await asyncio.sleep(0.05)
-        assert turns <= after + 2
-    assert after < 20
-
-
-async def test_a_reader_that_never_reads_holds_nobody_up():
-    async with House() as house:
-        async with house.engine.stream(house.request(max_tokens=40)) as unread:
-            other = house.request((5,), 40)
-            assert await house.ask(other) == alone(other)
-            await house.assert_empty()
-            kept = [event async for event in unread]
-        assert len(kept) == 42
-
-
-class Instant:
-    """Has the result before it is asked for it."""
-
-    def __init__(self, device):
-        self.device = device
-
-    def dispatch(self, plan):
-        future = asyncio.get_running_loop().create_future()
-        future.set_result(self.device.run(plan))
-        return future
-
-
-class Coroutines(Instant):
-    async def dispatch(self, plan):
-        return self.device.run(plan)
-
-
-@pytest.mark.parametrize("runner", [Instant, Coroutines])
-async def test_a_runner_that_answers_at_once_lets_others_run(runner):
-    house = House()
-    house.engine = Engine(house.scheduler, runner(house.device))
-    ticks = 0
-
-    async def ticker():
-        nonlocal ticks
-        while True:
-            ticks += 1
-            await asyncio.sleep(0)
-
-    async with house:
-        other = asyncio.create_task(ticker())
-        request = house.request(max_tokens=40)
-        assert await house.ask(request) == alone(request)
-        other.cancel()
-    assert ticks > 40
-
-
-async def test_steps_are_recorded():
-    async with House() as house:
-        await house.ask(house.request(range(30), 3))
-        records = house.records
-    assert [record.step for record in records] == list(range(len(records)))
-    assert [(r.rows, r.tokens, r.prefill_tokens) for r in records] == [
-        (1, 24, 24),
-        (1, 6, 6),
-        (1, 1, 0),
-        (1, 1, 0),
-    ]
-    assert all(record.elapsed_s >= 0 for record in records)
-    assert records[-1].stats.output_tokens == 3
-
-
-async def test_an_engine_that_was_not_started_refuses():
-    house = House()
-    with pytest.raises(EngineFailed, match="not running"):
-        await house.ask(house.request())
-
-
-@pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("delay_s", [0.0, 0.0005])
-async def test_while_tokens_are_waited_for_nothing_is_asked_again_and_again(overlap, delay_s):
-    house = House(replace(LIMITS, guesses=7), overlap=overlap, delay_s=delay_s, vocab=2)
-    asked, plan = 0, house.scheduler.plan
-
-    def counted(now):
-        nonlocal asked
-        asked += 1
-        return plan(now)
-
-    house.scheduler.plan = counted
-    async with house:
-        requests = [house.request([0, 1] * 8, 30, seed=seed) for seed in range(3)]
-        for got, request in zip(
-            await asyncio.gather(*map(house.ask, requests)), requests, strict=True
-        ):
-            assert got == alone(request, 2)
-        await house.assert_empty()
-        stats = house.engine.stats()
-    assert 0 < stats.accepted_tokens < stats.guessed_tokens
-    assert asked <= 2 * stats.steps + 4
