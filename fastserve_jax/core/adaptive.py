@@ -51,6 +51,7 @@ class _Standing:
     prefill_s: float  # of it, still to come
     level: int = _WORK
     next_edge: int = 0  # output tokens at which expectations are made anew
+    counted: int = 0  # bins of the history in which it was seen to live on
     left: float = 0.0  # expected output tokens to come
     index: float = 0.0  # Gittins index, in tokens
     expected: float = 0.0  # output tokens, when it came
@@ -141,7 +142,8 @@ class Adaptive(Policy):
             if tokens == 1:  # a row's share of the step, when all slots are taken
                 served_s = self._step_s / self._limits.max_slots
             self._fairness.charge(seq.request, served_s)
-        output = seq.output_tokens + 1  # the one this step drew, unless the prompt goes on
+        # With the one this step drew, unless the prompt goes on.
+        output = len(seq.tokens) - seq.prompt_tokens + 1
         if seq.charged < seq.prompt_tokens:
             left = seq.prompt_tokens - seq.charged
             self._set_prefill(standing, self._cost.prefill_s(left, self._limits.step_tokens))
@@ -151,6 +153,7 @@ class Adaptive(Policy):
             standing.is_settled |= standing.level != _SLICE
             if standing.level == _SLICE:
                 self._move(standing, _WORK)
+            standing.counted = self._history.outlive(standing.group, output, standing.counted)
             self._expect(seq, standing, output)
             if seq.slot >= 0:
                 self._rank(seq, standing)
@@ -164,7 +167,8 @@ class Adaptive(Policy):
         if seq.finish is Finish.ERROR:
             return
         output = seq.output_tokens
-        self._history.record(standing.group, output, ended=seq.finish is Finish.STOP)
+        ended = seq.finish is Finish.STOP
+        self._history.record(standing.group, output, ended, standing.counted)
         if seq.finish in (Finish.STOP, Finish.LENGTH):
             miss = abs(output - standing.expected) / max(output, standing.expected)
             self._prediction_error += 0.02 * (miss - self._prediction_error)

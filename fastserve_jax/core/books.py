@@ -45,8 +45,9 @@ class Match:
 
 
 class Books:
-    """`saves` says whether a page that must go is worth a copy in host memory, `last` which of
-    those who wait can do without its pages for longest: a policy's answers."""
+    """`saves`, set before each plan, says whether a page that must go is worth a copy in host
+    memory; `last` which of those who wait can do without its pages for longest: a policy's
+    answers."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -62,7 +63,7 @@ class Books:
         self.swap_out: list[tuple[int, int]] = []  # of the plan being made
         self.swap_in: dict[int, int] = {}  # device page -> host page
         self.spare_copies = 0  # that this plan may make of pages which nobody is known to want
-        self.saves: Callable[[], bool] = lambda: False
+        self.saves = False
         self.last: Callable[[KeysView[int]], int] = max
 
     def enter(self, seq: Sequence) -> None:
@@ -206,9 +207,9 @@ class Books:
             self.host.touch(digest)  # the only copy now
         elif keeper is None:
             # Perhaps a prefix of somebody to come: worth a copy that nobody waits for.
-            if self.spare_copies > 0 and self.saves() and self.save(page, digest):
+            if self.spare_copies > 0 and self.saves and self.save(page, digest):
                 self.spare_copies -= 1
-        elif not self.saves() or not self.save(page, digest):
+        elif not self.saves or not self.save(page, digest):
             return
         if keeper is not None:
             self.send_away(self.sequences[keeper])

@@ -268,7 +268,7 @@ class Draft:
             count = min(lacking, most, self._room_for(head, found))
             if count > 0:
                 books.fetch(head, found, count)
-                self._room.changed()
+                self._room.fetched(head)
                 most -= count
             if count < lacking and not is_idle:
                 return

@@ -2,9 +2,10 @@
 
 Kaplan-Meier: a request counts as at risk in a bin when it leaves it, finished there or passed on;
 one that is cancelled or cut off by its limit was at risk as far as it came and says no more.
-Counting only those that finished would favour the short ones under any policy that lets them
-finish first. Bins of output tokens widen with age; requests are told apart by client and prompt
-length, and a group that has seen little leans on a larger one. Knows nothing of requests or time.
+Counting only those that finished, or all only when they are over, would favour the short ones under
+any policy that lets them finish first. Bins of output tokens widen with age; requests are told
+apart by client and prompt length, and a group that has seen little leans on a larger one. Knows
+nothing of requests or time.
 """
 
 from __future__ import annotations
@@ -88,21 +89,33 @@ class History:
         at = bisect_right(self.edges, output_tokens)
         return at - 1 if at < len(self.edges) else at - 2
 
-    def record(self, group: int, output_tokens: int, ended: bool) -> None:
-        """A request left at that length; `ended` by itself, or cut off."""
+    def outlive(self, group: int, output_tokens: int, counted: int = 0) -> int:
+        """A request that lives has come so far. Returns how many bins it is counted in by now;
+        `counted` is what this returned before."""
         at = self.bin(output_tokens)
-        reached = at + 1 if ended else at
-        while group >= 0:
-            risked = self._risked[group]
-            for k in range(reached):
-                risked[k] += self._weight
-            if ended:
-                self._ended[group][at] += self._weight
+        self._risk(group, counted, at)
+        return max(at, counted)
+
+    def record(self, group: int, output_tokens: int, ended: bool, counted: int = 0) -> None:
+        """A request left at that length; `ended` by itself, or cut off. It is counted already in
+        so many bins, as `outlive` says."""
+        at = self.bin(output_tokens)
+        self._risk(group, counted, at + 1 if ended else at)
+        while ended and group >= 0:
+            self._ended[group][at] += self._weight
             group = self._parent[group]
         self._seen += 1
         self._weight *= 2.0 ** (1.0 / _HALF_LIFE)
         if self._weight > 1e6:
             self._rescale()
+
+    def _risk(self, group: int, start: int, stop: int) -> None:
+        """At risk in those bins, and in the group's parents'."""
+        while start < stop and group >= 0:
+            risked = self._risked[group]
+            for k in range(start, stop):
+                risked[k] += self._weight
+            group = self._parent[group]
 
     def left_tokens(self, group: int, output_tokens: int) -> float:
         """Expected output still to come."""

@@ -11,6 +11,7 @@ import hashlib
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, KeysView, Sequence
+from itertools import islice
 
 from .pages import PagePool
 
@@ -92,26 +93,33 @@ class PrefixIndex:
 
     def share(self, pages: Iterable[int]) -> None:
         """One more holder of each."""
+        idle, keeper_of = self._idle, self._keeper_of
         for page in pages:
-            self._idle.pop(page, None)
-            self._unkeep_page(page)
+            if page in keeper_of:
+                self._unkeep_page(page)
+            else:
+                idle.pop(page, None)
             self._pool.share(page)
 
     def take(self, count: int, last: Callable[[KeysView[int]], int]) -> list[int]:
         """`count` private pages; where it must, makes room: `last` names, among keepers, the one
         that can do without its pages for longest, which loses its last pages first."""
-        while self._pool.free < count:
+        while (short := count - self._pool.free) > 0:
             keeper: int | None = None
             if self._idle:
-                page, _ = self._idle.popitem(last=False)
+                pages = list(islice(self._idle, short))
+                for page in pages:
+                    del self._idle[page]
             else:
                 keeper = last(self._kept.keys())
-                page = next(iter(self._kept[keeper]))
-                self._unkeep_page(page)
-            digest = self._digest_of.pop(page)
-            del self._page_of[digest]
-            self._evicted(page, digest, keeper)
-            self._pool.free_page(page)
+                pages = list(islice(self._kept[keeper], short))
+                for page in pages:
+                    self._unkeep_page(page)
+            for page in pages:
+                digest = self._digest_of.pop(page)
+                del self._page_of[digest]
+                self._evicted(page, digest, keeper)
+                self._pool.free_page(page)
         return self._pool.take(count)
 
     def offer(self, digest: bytes, page: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import KeysView
-from itertools import accumulate
+from itertools import accumulate, islice
 
 from .books import Books
 from .ordering import Policy
@@ -22,11 +22,13 @@ class Room:
         self._running: list[Sequence] | None = None
         self._keepers: list[Sequence] = []  # who waits and keeps pages, last to start last
         self._is_sorted = False
+        self._newer: list[Sequence] = []  # who may keep pages since that order was made
         self._giving = -1  # who loses pages in this step; -1: nobody yet
         self._dirty: list[int] = []  # of the first pages to go, those without a copy
 
     def begin(self) -> None:
         self._running, self._is_sorted, self._giving = None, False, -1
+        self._newer = []
         self.changed()
 
     @property
@@ -67,6 +69,12 @@ class Room:
         step: to let in fewer for that costs more than it saves (bench/bars.py, sharegpt)."""
         last = self.running.pop()
         assert last is victim, "the lowest rank goes first"
+        self._newer.append(victim)
+        self.changed()
+
+    def fetched(self, seq: Sequence) -> None:
+        """Pages have been taken, and are kept for `seq`."""
+        self._newer.append(seq)
         self.changed()
 
     def changed(self) -> None:
@@ -77,8 +85,9 @@ class Room:
         """Of those that wait, the one that can do without its pages for longest; in one step the
         same as before while it has any, or two would have to fetch what they lack."""
         if self._giving not in keepers:
-            sequences, starts_in = self._books.sequences, self._policy.starts_in
-            self._giving = max(keepers, key=lambda keeper: starts_in(sequences[keeper]))
+            found = [seq for seq in self._newer if seq.id in keepers]
+            found += islice((seq for seq in reversed(self._order()) if seq.id in keepers), 1)
+            self._giving = max(found, key=self._policy.starts_in).id
         return self._giving
 
     def next_to_go(self, count: int) -> list[tuple[int, bytes]]:

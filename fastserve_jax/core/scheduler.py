@@ -60,7 +60,6 @@ class Scheduler:
         if limits.guesses:
             self._speculation = Speculation(limits, self.cost, draft_cost)
         self._books = Books(limits)
-        self._books.saves = self._is_worth_a_copy
         self._room = Room(self._books, policy)
         self._books.last = self._room.last
         self._now = 0.0
@@ -195,6 +194,7 @@ class Scheduler:
             speculation = None  # for guesses all tokens must be known
         for seq in self._policy.due(now, self._books.index.disposable):
             self._books.queue(seq)
+        self._books.saves = self._is_worth_a_copy()
         draft = Draft(self._books, self._room, self._policy, self.cost, now, speculation)
         plan = draft.make(self._step)
         self._preemptions += draft.preemptions

@@ -120,7 +120,10 @@ def random_history(
         client, prompt = rng.choice(CLIENTS), rng.choice(PROMPTS)
         output = min(int(rng.expovariate(1 / (0.02 * prompt + 40))), longest)
         ended = rng.random() < 0.7
-        history.record(history.group(prompt, client), output, ended)
+        group, counted = history.group(prompt, client), 0
+        for so_far in sorted(rng.randint(0, output) for _ in range(rng.randint(0, 3))):
+            counted = history.outlive(group, so_far, counted)
+        history.record(group, output, ended, counted)
         seen.append((client, prompt, output, ended))
     return history, seen
 
@@ -209,6 +212,22 @@ def test_those_cut_off_do_not_make_outputs_look_short():
     assert sum(ended) / len(ended) < 120  # what counting only those would say
     assert history.left_tokens(group, 0) == pytest.approx(200, rel=0.1)
     assert history.left_tokens(group, 300) == pytest.approx(200, rel=0.2)
+
+
+def test_those_who_live_on_count_as_far_as_they_came():
+    """Ten short ones are over, a hundred live: new ones are not all short."""
+    known, living = History(4096), History(4096)
+    group = known.group(100)
+    counted = [living.outlive(group, 200) for _ in range(100)]
+    for _ in range(100):
+        known.record(group, 200, ended=False)
+    for _ in range(10):
+        known.record(group, 10, ended=True)
+        living.record(group, 10, ended=True)
+    assert living.left_tokens(group, 0) > 180
+    assert living.left_tokens(group, 0) == pytest.approx(known.left_tokens(group, 0), rel=0.01)
+    assert [living.outlive(group, 200, bins) for bins in counted] == counted
+    assert living.bin(200) == counted[0]
 
 
 def test_a_limit_that_all_run_into_says_nothing_of_what_lies_beyond():

@@ -93,7 +93,7 @@ def test_a_keeper_loses_its_last_pages_first_and_after_everybodys():
         return max(keepers)
 
     held = dict.fromkeys(index.take(6, last), 1)
-    assert asked == [{1, 2}, {1, 2}, {1}]  # never of one that keeps nothing any more
+    assert asked == [{1, 2}, {1}]  # once for all it gives, never of one that keeps nothing more
     assert known(index, chains[1]) == index.kept(1)
     assert not known(index, chains[2]) + known(index, chains[3])
     index.check(held)

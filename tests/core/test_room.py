@@ -28,17 +28,20 @@ def test_orders_that_are_kept_are_those_a_search_finds(monkeypatch):
                 asked["last of several"] += len(starts) > 1
             return last
 
+        def _order(self):
+            if not self._is_sorted:
+                self.kept = set(self._books.index.keepers)
+            return super()._order()
+
         def next_to_go(self, count):
             books = self._books
-            if self.kept is None:
-                self.kept = set(books.index.keepers)
+            found = super().next_to_go(count)
             order = sorted(self.kept & books.index.keepers, key=self._key, reverse=True)
             pages = [page for keeper in order for page in books.index.kept(keeper)]
             for seq in sorted(books.running.values(), key=lambda seq: seq.rank, reverse=True):
                 if seq in self.running:  # not if it has just entered
                     full = seq.pages[: seq.indexed_pages]
                     pages += [page for page in reversed(full) if books.index.name(page)]
-            found = super().next_to_go(count)
             if len({self._key(keeper) for keeper in order}) == len(order):
                 assert [page for page, _ in found] == pages[:count]
             asked["pages to go"] += len(found) > 1
