@@ -5,7 +5,7 @@ import random
 from dataclasses import replace
 
 from fastserve_jax.core.adaptive import Adaptive, Tuning
-from fastserve_jax.core.cost import CostModel
+from fastserve_jax.core.cost import CostModel, StepLoad
 from fastserve_jax.core.ordering import FirstComeFirstServed, Policy
 from fastserve_jax.core.scheduler import Limits, Scheduler
 from fastserve_jax.core.simulate import STOP, Life, Run, simulate
@@ -98,6 +98,23 @@ def test_what_has_outlived_its_kind_lets_newcomers_pass():
 
 
 # First tokens
+
+
+def test_those_who_are_not_over_count_for_what_is_expected_of_newcomers():
+    """Eight long ones have made 800 tokens each and 160 short ones ten. A hundred newcomers of the
+    same kind are then expected to take what all took so far on average, 48 tokens, or more."""
+    work = Work()
+    for _ in range(8):
+        work.add("long", 0.0, 50, 1990)
+    for turn in range(160):
+        work.add("short", 0.05 * turn, 50, 10)
+    for _ in range(100):
+        work.add("new", 10.0, 50, 10)
+    run = work.run(limits=replace(EIGHT, max_slots=16), sample_every_s=0.05)
+    seen = next(sample for sample in run.samples if sample.time_s > 10.0)
+    assert seen.running + seen.waiting == 108
+    step_s = DEVICE.step_s(StepLoad(decode_rows=8))
+    assert seen.policy["backlog_seconds"] > (100 * 48 + 8 * 200) * step_s / 16
 
 
 def test_a_newcomer_has_its_first_token_soon_though_all_slots_are_taken():
