@@ -17,21 +17,36 @@ def ragged_paged_attention(
     *,
     scale: float,
     window: int = 0,
-) -> jax.Array:
+    soft_cap: float = 0.0,
+    sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
+    with_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Same contract as `xla.ragged_paged_attention`, outside jit; tokens of no row give zeros."""
     num_heads, head_dim = q.shape[1:]
-    num_kv_heads = kv_pages.shape[2]
-    out = jnp.zeros(q.shape, jnp.float32)
+    num_kv_heads = kv_pages.shape[1]
+    out, lse = jnp.zeros(q.shape, jnp.float32), jnp.zeros(q.shape[:2], jnp.float32)
+    key_scale, value_scale = jnp.ones((2, num_kv_heads)) if kv_scales is None else kv_scales
+    per_kv_head = num_heads // num_kv_heads
     for row in range(int(distribution[1])):
         first, end = int(cu_q_lens[row]), int(cu_q_lens[row + 1])
         kv_len = int(kv_lens[row])
-        own = kv_pages[page_table[row]].astype(jnp.float32)  # [pages, 2, heads, page_size, dim]
-        flat = own.transpose(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, head_dim)[:, :, :kv_len]
-        keys, values = jnp.repeat(flat, num_heads // num_kv_heads, axis=1)
+        own = kv_pages[page_table[row]].astype(jnp.float32)  # [pages, heads, page_size, 2 * dim]
+        flat = own.transpose(1, 0, 2, 3).reshape(num_kv_heads, -1, 2, head_dim)[:, :kv_len]
+        flat *= jnp.stack([key_scale, value_scale], axis=1)[:, None, :, None]
+        keys, values = jnp.repeat(flat, per_kv_head, axis=0).transpose(2, 0, 1, 3)
         at = np.arange(kv_len - (end - first), kv_len)[:, None]
         past = np.arange(kv_len)[None]
         seen = (past <= at) & ((past > at - window) if window else True)
         scores = jnp.einsum("thd,hsd->hts", q[first:end].astype(jnp.float32), keys) * scale
-        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+        if soft_cap:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        scores = jnp.where(seen, scores, -jnp.inf)
+        if sinks is not None:  # one more key that all see, with a value of zeros
+            sink = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:2], 1))
+            scores = jnp.concatenate([scores, sink], axis=-1)
+            values = jnp.pad(values, ((0, 0), (0, 1), (0, 0)))
+        weights = jax.nn.softmax(scores, axis=-1)
         out = out.at[first:end].set(jnp.einsum("hts,hsd->thd", weights, values))
-    return out.astype(q.dtype)
+        lse = lse.at[first:end].set(jax.nn.logsumexp(scores, axis=-1).T)
+    return (out.astype(q.dtype), lse) if with_lse else out.astype(q.dtype)

@@ -10,6 +10,7 @@ order whatever stands beside it. Softmax is accumulated block by block (Milakov 
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,19 @@ from jax import lax
 
 _FAR = -1e30  # a score below any real one; finite, so that no inf - inf arises
 _LAST = 2**31 - 1
+
+Attended = jax.Array | tuple[jax.Array, jax.Array]
+
+
+class _Rules(NamedTuple):
+    """What ragged_paged_attention is told beside its arrays of rows."""
+
+    scale: float
+    window: int
+    soft_cap: float
+    sinks: jax.Array | None
+    kv_scales: jax.Array | None
+    with_lse: bool
 
 
 def ragged_paged_attention(
@@ -29,9 +43,13 @@ def ragged_paged_attention(
     *,
     scale: float,
     window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
+    with_lse: bool = False,
     block_kv: int = 256,
     block_q: int = 64,
-) -> jax.Array:
+) -> Attended:
     """Causal attention of new tokens over their sequences' pages (already written, see write_kv).
 
     q            [tokens, num_heads, head_dim]; row r owns tokens cu_q_lens[r]:cu_q_lens[r+1]
@@ -41,26 +59,36 @@ def ragged_paged_attention(
     cu_q_lens    [rows + 1] int32
     distribution [2] int32: rows [0, d0) have one token each, at token r; rows [d0, d1) any number
     window       a token sees itself and the window - 1 before it; 0 sees everything before it
-    Returns [tokens, num_heads, head_dim] in q's dtype; tokens of no row hold no meaning.
+    soft_cap     scores become soft_cap * tanh(scores / soft_cap) (Gemma 2); 0 leaves them
+    sinks        [num_heads] float32, a score of each head that has no value (GPT-OSS)
+    kv_scales    [2, num_kv_heads] float32: stored keys and values are to be multiplied by it
+    Returns [tokens, num_heads, head_dim] in q's dtype; tokens of no row hold no meaning. With
+    `with_lse` also [tokens, num_heads] float32, the logarithm of the sum of the exponentials of a
+    token's scores, sink included: parts of a context attended apart are merged by it.
     """
     tokens, rows = q.shape[0], kv_lens.shape[0]
-    pages_per_block = max(1, min(block_kv // kv_pages.shape[3], page_table.shape[1]))
+    pages_per_block = max(1, min(block_kv // kv_pages.shape[2], page_table.shape[1]))
     spare = -page_table.shape[1] % pages_per_block
     page_table = jnp.pad(page_table, ((0, 0), (0, spare)))
-    attend = partial(_attend, kv_pages, scale=scale, window=window, pages_per_block=pages_per_block)
+    rules = _Rules(scale, window, soft_cap, sinks, kv_scales, with_lse)
+    attend = partial(_attend, kv_pages, rules=rules, pages_per_block=pages_per_block)
+
+    def given(out: jax.Array) -> Attended:
+        return (out[..., :-1].astype(q.dtype), out[..., -1]) if with_lse else out
 
     if tokens <= rows:  # so few that each token may walk its sequence's pages by itself
         at = jnp.arange(tokens)
         own = jnp.minimum(row_of_token(cu_q_lens, tokens), rows - 1)
         positions = kv_lens[own] - cu_q_lens[own + 1] + at
         lens = jnp.where(at < cu_q_lens[distribution[1]], positions + 1, 0)
-        return attend(q[:, None], page_table[own], positions, lens)[:, 0]
+        return given(attend(q[:, None], page_table[own], positions, lens)[:, 0])
 
     lens = jnp.where(jnp.arange(rows) < distribution[0], kv_lens, 0)
     decoded = attend(q[:rows, None], page_table, lens - 1, lens)[:, 0]
     block_q = min(block_q, tokens)
     padded = jnp.pad(q, ((0, block_q), (0, 0), (0, 0)))  # a last block may reach past the end
-    out = lax.dynamic_update_slice(jnp.zeros_like(padded), decoded, (0, 0, 0))
+    out = jnp.zeros((*padded.shape[:2], decoded.shape[-1]), decoded.dtype)
+    out = lax.dynamic_update_slice(out, decoded, (0, 0, 0))
 
     def chunk(row: jax.Array, out: jax.Array) -> jax.Array:
         first, end = cu_q_lens[row], cu_q_lens[row + 1]
@@ -81,7 +109,7 @@ def ragged_paged_attention(
         return done
 
     filled: jax.Array = lax.fori_loop(distribution[0], distribution[1], chunk, out)
-    return filled[:tokens]
+    return given(filled[:tokens])
 
 
 def row_of_token(cu_q_lens: jax.Array, tokens: int) -> jax.Array:
@@ -98,32 +126,38 @@ def _attend(
     positions: jax.Array,
     kv_lens: jax.Array,
     *,
-    scale: float,
-    window: int,
+    rules: _Rules,
     pages_per_block: int,
 ) -> jax.Array:
-    """q [rows, queries, num_heads, head_dim] at positions[r] + 0, 1, ... over kv_lens[r] keys."""
+    """q [rows, queries, num_heads, head_dim] at positions[r] + 0, 1, ... over kv_lens[r] keys.
+    Where it is asked for, the logarithm stands behind each head's values, and all is float32."""
+    window, soft_cap, kv_scales = rules.window, rules.soft_cap, rules.kv_scales
     rows, queries, num_heads, head_dim = q.shape
-    num_pages, _, num_kv_heads, page_size, _ = kv_pages.shape
+    num_pages, num_kv_heads, page_size, _ = kv_pages.shape
     group = num_heads // num_kv_heads
     block = pages_per_block * page_size
-    # [page and kind and head, page_size, head_dim]: gathered in the order the products want
-    flat = kv_pages.reshape(num_pages * 2 * num_kv_heads, page_size, head_dim)
+    # [page and head, page_size, 2 * head_dim]: gathered in the order the products want
+    flat = kv_pages.reshape(num_pages * num_kv_heads, page_size, 2 * head_dim)
     q = q.reshape(rows, queries, num_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(rows, num_kv_heads, group * queries, head_dim)
     at = positions[:, None] + jnp.arange(queries)  # [rows, queries]
 
-    def gather(pages: jax.Array, kind: int) -> jax.Array:
-        heads = kind * num_kv_heads + jnp.arange(num_kv_heads)
-        index = pages[:, None, :] * (2 * num_kv_heads) + heads[:, None]  # [rows, heads, pages]
-        return flat[index].reshape(rows, num_kv_heads, block, head_dim)
+    def gather(pages: jax.Array) -> tuple[jax.Array, jax.Array]:
+        index = pages[:, None, :] * num_kv_heads + jnp.arange(num_kv_heads)[:, None]
+        found = flat[index].reshape(rows, num_kv_heads, block, 2 * head_dim).astype(q.dtype)
+        return found[..., :head_dim], found[..., head_dim:]
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         best, total, out = carry
         pages = lax.dynamic_slice_in_dim(page_table, i * pages_per_block, pages_per_block, 1)
-        scores = scale * jnp.einsum(
-            "rkqd,rksd->rkqs", q, gather(pages, 0), preferred_element_type=jnp.float32
+        keys, values = gather(pages)
+        scores = rules.scale * jnp.einsum(
+            "rkqd,rksd->rkqs", q, keys, preferred_element_type=jnp.float32
         )
+        if kv_scales is not None:
+            scores *= kv_scales[0, :, None, None]
+        if soft_cap:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
         past = i * block + jnp.arange(block)
         seen = (past <= at[..., None]) & (past < kv_lens[:, None, None])
         if window:
@@ -135,7 +169,7 @@ def _attend(
         fade = jnp.exp(best - higher)
         # Rows beyond a sequence's end are another's or garbage; 0 * nan is nan.
         kept = (past < kv_lens[:, None])[:, None, :, None]
-        values = jnp.where(kept, gather(pages, 1), 0)
+        values = jnp.where(kept, values, 0)
         gained = jnp.einsum(
             "rkqs,rksd->rkqd", weights.astype(q.dtype), values, preferred_element_type=jnp.float32
         )
@@ -145,9 +179,18 @@ def _attend(
     low = jnp.maximum(first - window + 1, 0) // block if window else 0
     high = (jnp.max(kv_lens) + block - 1) // block
     shape = (rows, num_kv_heads, group * queries)
-    start = (jnp.full(shape, _FAR), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
-    _, total, out = lax.fori_loop(low, high, step, start)
-    out = out / jnp.where(total == 0, 1, total)[..., None]
-    out = out.reshape(rows, num_kv_heads, group, queries, head_dim).transpose(0, 3, 1, 2, 4)
-    result: jax.Array = out.reshape(rows, queries, num_heads, head_dim).astype(q.dtype)
-    return result
+    best, total = jnp.full(shape, _FAR), jnp.zeros(shape)
+    if rules.sinks is not None:
+        sinks = jnp.repeat(rules.sinks.reshape(num_kv_heads, group), queries, axis=1)
+        best, total = jnp.broadcast_to(sinks, shape), jnp.ones(shape)
+    start = (best, total, jnp.zeros((*shape, head_dim)))
+    best, total, out = lax.fori_loop(low, high, step, start)
+    total = jnp.where(total == 0, 1, total)
+    out = out / total[..., None]
+    if kv_scales is not None:
+        out *= kv_scales[1, :, None, None]
+    if rules.with_lse:
+        out = jnp.concatenate([out, (best + jnp.log(total))[..., None]], axis=-1)
+    out = out.reshape(rows, num_kv_heads, group, queries, -1).transpose(0, 3, 1, 2, 4)
+    result: jax.Array = out.reshape(rows, queries, num_heads, -1)
+    return result if rules.with_lse else result.astype(q.dtype)

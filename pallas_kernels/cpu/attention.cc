@@ -33,7 +33,7 @@ struct Pages {
 
   uint16_t* at(int64_t page, int kind, int64_t head, int64_t offset) const {
     return data + page * shape.page_elements() +
-           ((kind * shape.kv_heads + head) * shape.page_size + offset) * shape.dim;
+           ((head * shape.page_size + offset) * 2 + kind) * shape.dim;
   }
 };
 
@@ -202,7 +202,7 @@ struct Task {
 
 extern "C" {
 
-// qkv [tokens, heads + 2 kv_heads, dim] f32, kv_pages [pages, 2, kv_heads, page_size, dim] bf16,
+// qkv [tokens, heads + 2 kv_heads, dim] f32, kv_pages [pages, kv_heads, page_size, 2 dim] bf16,
 // kv_lens [rows], table [rows, width], cu_q_lens [rows + 1], distribution [2] s32, cos and sin
 // [tokens, 1, dim / 2] f32, q_norm and k_norm [dim] f32 or bf16 -> [tokens, heads * dim] f32, zeros
 // behind the last row's tokens, and the pages, the same memory. cos, sin and norms may be empty;
@@ -212,8 +212,8 @@ void* fastserve_attention(ffi::CallFrame* frame) {
   ffi::Buffer** args = frame->args.buffers;
   Shape shape;
   shape.tokens = args[0]->dims[0], shape.dim = args[0]->dims[2];
-  shape.num_pages = args[1]->dims[0], shape.kv_heads = args[1]->dims[2];
-  shape.page_size = args[1]->dims[3], shape.heads = args[0]->dims[1] - 2 * shape.kv_heads;
+  shape.num_pages = args[1]->dims[0], shape.kv_heads = args[1]->dims[1];
+  shape.page_size = args[1]->dims[2], shape.heads = args[0]->dims[1] - 2 * shape.kv_heads;
   shape.rows = args[2]->size(), shape.table_width = args[3]->dims[1];
   shape.scale = frame->attribute<float>("scale"), shape.eps = frame->attribute<float>("eps");
   shape.window = frame->attribute<int32_t>("window");

@@ -38,7 +38,7 @@ def paged_attention(
     tokens, heads, dim = qkv.shape
     nothing = jnp.zeros((0,), jnp.float32)
     cos, sin = turn or (nothing, nothing)
-    num_heads = heads - 2 * kv_pages.shape[2]
+    num_heads = heads - 2 * kv_pages.shape[1]
     shapes = (
         jax.ShapeDtypeStruct((tokens, num_heads * dim), jnp.float32),  # type: ignore[no-untyped-call]
         jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype),  # type: ignore[no-untyped-call]

@@ -25,9 +25,7 @@ def build(case, dtype, seed=0):
         at += count
         for position in range(total):
             page, offset = divmod(position, case.page_size)
-            kv[table[row, page], :, :, offset] = rng.standard_normal(
-                (2, case.num_kv_heads, case.head_dim)
-            )
+            kv[table[row, page], :, offset] = rng.standard_normal(layout.shape[1::2])
         kv_lens[row], cu_q_lens[row + 1] = total, cu_q_lens[row] + new
     cu_q_lens[len(case.rows) + 1 :] = cu_q_lens[len(case.rows)]
     tokens = 1 << int(cu_q_lens[-1] - 1).bit_length()
@@ -40,19 +38,19 @@ def build(case, dtype, seed=0):
 def oracle(q, kv, kv_lens, table, cu_q_lens, distribution, scale, window):
     """Token by token in float64."""
     q, kv = np.asarray(q, np.float64), np.asarray(kv, np.float64)
-    out, page_size = np.zeros(q.shape), kv.shape[3]
+    out, page_size = np.zeros(q.shape), kv.shape[2]
     for row in range(int(distribution[1])):
         new, total = int(cu_q_lens[row + 1] - cu_q_lens[row]), int(kv_lens[row])
         places = [divmod(position, page_size) for position in range(total)]
-        whole = np.stack([kv[table[row, page], :, :, offset] for page, offset in places])
+        whole = np.stack([kv[table[row, page], :, offset] for page, offset in places])
         for i in range(new):
             at, token = total - new + i, int(cu_q_lens[row]) + i
             past = whole[max(0, at - window + 1) if window else 0 : at + 1]
             for head in range(q.shape[1]):
-                kv_head = head * kv.shape[2] // q.shape[1]
-                scores = past[:, 0, kv_head] @ q[token, head] * scale
+                keys, values = np.split(past[:, head * kv.shape[1] // q.shape[1]], 2, axis=1)
+                scores = keys @ q[token, head] * scale
                 weights = np.exp(scores - scores.max())
-                out[token, head] = weights @ past[:, 1, kv_head] / weights.sum()
+                out[token, head] = weights @ values / weights.sum()
     return out
 
 
@@ -116,6 +114,6 @@ def test_write_kv_fills_places_and_drops_padding():
     pages, offsets = np.array([2, 0, layout.num_pages]), np.array([7, 3, 1])
     got = np.asarray(pallas_kernels.write_kv(jnp.zeros(layout.shape), keys, values, pages, offsets))
     want = np.zeros(layout.shape, np.float32)
-    want[2, 0, :, 7], want[2, 1, :, 7] = keys[0], values[0]
-    want[0, 0, :, 3], want[0, 1, :, 3] = keys[1], values[1]
+    want[2, :, 7, :4], want[2, :, 7, 4:] = keys[0], values[0]
+    want[0, :, 3, :4], want[0, :, 3, 4:] = keys[1], values[1]
     np.testing.assert_array_equal(got, want)
