@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -11,25 +12,27 @@ from jax.typing import DTypeLike
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """One layer's pages: [num_pages, num_kv_heads, page_size, 2 * head_dim], a row being a head's key
-    and then its value of one token.
+    """One layer's pages: [num_pages, num_kv_heads, page_size, row], a row being a head's key and then
+    its value of one token, and nothing behind them up to a multiple of `lanes`.
 
     A head's rows within a page are contiguous: one copy of (page, head) brings the operands of both
-    products and nothing has to be transposed. Side by side, heads of 64 fill a TPU's 128 lanes.
+    products and nothing has to be transposed. Side by side, heads of 64 fill a TPU's 128 lanes; of
+    rows that do not fill them XLA would make a copy of another layout for every call of a kernel.
     """
 
     num_pages: int
     num_kv_heads: int
     page_size: int
     head_dim: int
+    lanes: int = 1
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return (self.num_pages, self.num_kv_heads, self.page_size, 2 * self.head_dim)
+        row = -(-2 * self.head_dim // self.lanes) * self.lanes
+        return (self.num_pages, self.num_kv_heads, self.page_size, row)
 
     def page_bytes(self, dtype: DTypeLike) -> int:
-        per_token = 2 * self.num_kv_heads * self.head_dim
-        return per_token * self.page_size * jnp.dtype(dtype).itemsize
+        return math.prod(self.shape[1:]) * jnp.dtype(dtype).itemsize
 
 
 def write_kv(
@@ -49,6 +52,7 @@ def write_kv(
     if kv_scales is not None:
         keys, values = keys / kv_scales[0, :, None], values / kv_scales[1, :, None]
     rows = jnp.concatenate([keys, values], axis=-1)
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, kv_pages.shape[3] - rows.shape[2])))
     if jnp.issubdtype(kv_pages.dtype, jnp.integer):
         most = jnp.iinfo(kv_pages.dtype).max
         rows = jnp.clip(jnp.round(rows), -most, most)

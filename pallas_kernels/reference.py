@@ -32,7 +32,8 @@ def ragged_paged_attention(
         first, end = int(cu_q_lens[row]), int(cu_q_lens[row + 1])
         kv_len = int(kv_lens[row])
         own = kv_pages[page_table[row]].astype(jnp.float32)  # [pages, heads, page_size, 2 * dim]
-        flat = own.transpose(1, 0, 2, 3).reshape(num_kv_heads, -1, 2, head_dim)[:, :kv_len]
+        own = own[..., : 2 * head_dim].transpose(1, 0, 2, 3)
+        flat = own.reshape(num_kv_heads, -1, 2, head_dim)[:, :kv_len]
         flat *= jnp.stack([key_scale, value_scale], axis=1)[:, None, :, None]
         keys, values = jnp.repeat(flat, per_kv_head, axis=0).transpose(2, 0, 1, 3)
         at = np.arange(kv_len - (end - first), kv_len)[:, None]

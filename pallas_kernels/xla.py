@@ -133,19 +133,19 @@ def _attend(
     Where it is asked for, the logarithm stands behind each head's values, and all is float32."""
     window, soft_cap, kv_scales = rules.window, rules.soft_cap, rules.kv_scales
     rows, queries, num_heads, head_dim = q.shape
-    num_pages, num_kv_heads, page_size, _ = kv_pages.shape
+    num_pages, num_kv_heads, page_size, row = kv_pages.shape
     group = num_heads // num_kv_heads
     block = pages_per_block * page_size
-    # [page and head, page_size, 2 * head_dim]: gathered in the order the products want
-    flat = kv_pages.reshape(num_pages * num_kv_heads, page_size, 2 * head_dim)
+    # [page and head, page_size, row]: gathered in the order the products want
+    flat = kv_pages.reshape(num_pages * num_kv_heads, page_size, row)
     q = q.reshape(rows, queries, num_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(rows, num_kv_heads, group * queries, head_dim)
     at = positions[:, None] + jnp.arange(queries)  # [rows, queries]
 
     def gather(pages: jax.Array) -> tuple[jax.Array, jax.Array]:
         index = pages[:, None, :] * num_kv_heads + jnp.arange(num_kv_heads)[:, None]
-        found = flat[index].reshape(rows, num_kv_heads, block, 2 * head_dim).astype(q.dtype)
-        return found[..., :head_dim], found[..., head_dim:]
+        found = flat[index].reshape(rows, num_kv_heads, block, row).astype(q.dtype)
+        return found[..., :head_dim], found[..., head_dim : 2 * head_dim]
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         best, total, out = carry

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +23,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..items import Items, chunk_items, decode_items
+from ..layout import KVLayout
+
 _FAR = -1e30  # a score below any real one; finite, so that no inf - inf arises
 _LANES = 128
-
-
-class Items(NamedTuple):
-    """What a kernel walks, [items] int32 each, the first `count` of them real. Item i attends the
-    tokens first[i]:end[i] of block[i], the first of them at position[i], of row[i]."""
-
-    count: jax.Array  # [1]
-    row: jax.Array
-    block: jax.Array
-    first: jax.Array
-    end: jax.Array
-    position: jax.Array
+_KV_BYTES = 4 << 20  # of the double buffer
+_QUERY_BYTES = 6 << 20  # of queries and what is accumulated for them; 16 MiB are there unasked
+_MOST_KEYS = 512  # of a block: more would bring little, and a sequence's last block is half empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +38,35 @@ class Tiles:
     heads: int  # KV heads of one grid step
     queries: int  # tokens of one block
     pages: int  # of one block of keys and values
+
+    @classmethod
+    def for_rows(cls, layout: KVLayout, itemsize: int) -> Tiles:
+        """For rows of one token: all heads of a page in one copy, if they fit."""
+        heads = layout.num_kv_heads
+        while (pages := _pages(layout, heads, itemsize)) == 0:
+            heads //= 2 if heads % 2 == 0 else heads
+        return cls(heads, 1, pages)
+
+    @classmethod
+    def for_chunks(cls, layout: KVLayout, itemsize: int, group: int, tokens: int) -> Tiles:
+        """Head by head, with as many tokens as fit beside what is accumulated for them."""
+        lanes = _rounded(layout.head_dim, _LANES)
+        each = group * 4 * (4 * lanes + lanes + 2 * _LANES + 3 * _LANES)
+        queries = 128
+        while queries > 16 and queries * each > _QUERY_BYTES:
+            queries //= 2
+        queries = min(queries, _rounded(tokens, 16))
+        return cls(1, queries, max(1, min(128 // layout.page_size, _pages(layout, 1, itemsize))))
+
+
+def _pages(layout: KVLayout, heads: int, itemsize: int) -> int:
+    """Of a block, so that two blocks fit; 0 where not even a page does."""
+    row = heads * _rounded(2 * layout.head_dim, _LANES) * itemsize
+    return min(_KV_BYTES // (2 * row), _MOST_KEYS) // layout.page_size
+
+
+def _rounded(size: int, to: int) -> int:
+    return -(-size // to) * to
 
 
 @dataclass(frozen=True)
@@ -59,13 +82,14 @@ class _Kernel:
     next_table: Any  # of the item's after it
     q: Any  # VMEM [heads, a, b, head_dim]: a * b queries
     kv_pages: Any  # HBM, as in KVLayout
-    sinks: Any  # VMEM [heads, queries, 1] or None
+    sinks: Any  # VMEM f32 [heads, queries, 1] or None
+    kv_scales: Any  # SMEM f32 [2, num_kv_heads] or None
     out: Any  # as q
     lse: Any  # VMEM [heads, a, b, 1] or None
     best: Any  # VMEM f32 [heads, queries, 128], all lanes alike
     total: Any
     sum: Any  # VMEM f32 [heads, queries, head_dim]
-    buffer: Any  # VMEM [2, heads, pages * page_size, 2 * head_dim]
+    buffer: Any  # VMEM [2, heads, pages * page_size, row]
     arrived: Any  # DMA semaphores [2]
     turn: Any  # SMEM [1]: blocks computed so far
 
@@ -118,7 +142,7 @@ class _Kernel:
 
         @pl.when((item + 1 == count) | (blocks[jnp.minimum(item + 1, count - 1)] != blocks[item]))
         def _() -> None:
-            self.finish()
+            self.finish(group)
 
     def begin(self) -> None:
         """A sink is a score without a value, there from the start."""
@@ -159,7 +183,7 @@ class _Kernel:
 
         seen = self.seen(item, at)
         for head in range(self.tiles.heads):
-            self.attend(head, slot, seen)
+            self.attend(head, group, slot, seen)
 
     def seen(self, item, at) -> jax.Array:
         """[queries, block] bool: which keys which query may see; none, where it is not the item's."""
@@ -174,11 +198,14 @@ class _Kernel:
             seen &= past > position - self.window
         return seen
 
-    def attend(self, head: int, slot, seen: jax.Array) -> None:
+    def attend(self, head: int, group, slot, seen: jax.Array) -> None:
         queries, head_dim = self.sum.shape[1:]
         q = self.q[head].reshape(queries, head_dim)
         kv = self.buffer[slot, head].astype(q.dtype)
-        scores = self.scale * lax.dot_general(
+        scale = self.scale
+        if self.kv_scales is not None:
+            scale *= self.kv_scales[0, group * self.tiles.heads + head]
+        scores = scale * lax.dot_general(
             q, kv[:, :head_dim], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
         if self.soft_cap:
@@ -190,7 +217,7 @@ class _Kernel:
         fade = jnp.exp(best - higher)
         gained = lax.dot_general(
             weights.astype(q.dtype),
-            kv[:, head_dim:],
+            kv[:, head_dim : 2 * head_dim],
             (((1,), (0,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
@@ -199,132 +226,114 @@ class _Kernel:
         self.best[head] = jnp.broadcast_to(higher, self.best.shape[1:])
         self.total[head] = jnp.broadcast_to(total, self.total.shape[1:])
 
-    def finish(self) -> None:
+    def finish(self, group) -> None:
         total = self.total[:, :, :1]
         total = jnp.where(total == 0, 1.0, total)
-        self.out[...] = (self.sum[...] / total).reshape(self.out.shape).astype(self.out.dtype)
         if self.lse is not None:
             lse = self.best[:, :, :1] + jnp.log(total)
             self.lse[...] = lse.reshape(self.lse.shape)
+        for head in range(self.tiles.heads):
+            out = self.sum[head] / total[head]
+            if self.kv_scales is not None:
+                out *= self.kv_scales[1, group * self.tiles.heads + head]
+            self.out[head] = out.reshape(self.out.shape[1:]).astype(self.out.dtype)
 
 
-def _kernel(*refs, has_sinks: bool, with_lse: bool, **known) -> None:
-    it = iter(refs)
-    items = Items(*(next(it) for _ in Items._fields))
-    table, next_table, q, kv_pages = (next(it) for _ in range(4))
-    sinks = next(it) if has_sinks else None
-    out = next(it)
-    lse = next(it) if with_lse else None
-    kernel = _Kernel(
-        items=items,
-        table=table,
-        next_table=next_table,
-        q=q,
-        kv_pages=kv_pages,
-        sinks=sinks,
-        out=out,
-        lse=lse,
-        **dict(zip(("best", "total", "sum", "buffer", "arrived", "turn"), it, strict=True)),
-        **known,
-    )
-    pl.when(pl.program_id(1) < items.count[0])(kernel.run)
+def _kernel(*refs: Any, has_sinks: bool, has_scales: bool, with_lse: bool, **known: Any) -> None:
+    given = iter(refs)
+    items = Items(*(next(given) for _ in Items._fields))
+    named = {name: next(given) for name in ("table", "next_table", "q", "kv_pages")}
+    named["sinks"] = next(given) if has_sinks else None
+    named["kv_scales"] = next(given) if has_scales else None
+    named["out"] = next(given)
+    named["lse"] = next(given) if with_lse else None
+    scratch = ("best", "total", "sum", "buffer", "arrived", "turn")
+    named |= dict(zip(scratch, given, strict=True))
+    _Kernel(items=items, **named, **known).run()
 
 
-def _call(
-    q, kv_pages, page_table, items, sinks, tiles, queries_axis, *, with_lse, interpret, **known
-):
-    """q [num_kv_heads, a, b, head_dim], of which `queries_axis` is walked in blocks."""
-    num_kv_heads, head_dim = q.shape[0], q.shape[3]
-    page_size = kv_pages.shape[2]
-    of_block = [tiles.heads, q.shape[1], q.shape[2], head_dim]
-    of_block[queries_axis] = tiles.queries
-    queries = of_block[1] * of_block[2]
+@dataclass(frozen=True)
+class _Call:
+    """What both calls have in common."""
 
-    def now(item, items):
-        return jnp.minimum(item, jnp.maximum(items.count[0] - 1, 0))
+    kv_pages: jax.Array
+    page_table: jax.Array
+    kv_scales: jax.Array | None
+    with_lse: bool
+    interpret: Any
+    rules: dict[str, Any]  # scale, window, soft_cap
 
-    def after(item, items):
-        return jnp.where(item + 1 < items.count[0], item + 1, 0)
+    def __call__(
+        self, q: jax.Array, sinks: jax.Array | None, items: Items, tiles: Tiles, axis: int
+    ) -> list[jax.Array]:
+        """q [num_kv_heads, a, b, head_dim], walked along `axis` in blocks of `tiles.queries`; sinks
+        [num_kv_heads, a * b of a block, 1]. Returns as q, and the logarithms [..., 1]."""
+        of_block = [tiles.heads, *q.shape[1:]]
+        of_block[axis] = tiles.queries
 
-    def at_block(group, item, *scalars):
-        items = Items(*scalars)
-        block = items.block[now(item, items)]
-        return (group, block, 0, 0) if queries_axis == 1 else (group, 0, block, 0)
+        def at_block(group: Any, item: Any, *scalars: Any) -> tuple[Any, ...]:
+            block = Items(*scalars).block[item]
+            return (group, block, 0, 0) if axis == 1 else (group, 0, block, 0)
 
-    def row_of(which):
-        def index(group, item, *scalars):
+        out_specs = [pl.BlockSpec(tuple(of_block), at_block)]
+        out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+        if self.with_lse:
+            out_specs.append(pl.BlockSpec((*of_block[:3], 1), at_block))
+            out_shape.append(jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32))
+        queries, head_dim = of_block[1] * of_block[2], q.shape[3]
+        specs, operands = self._rest(sinks, queries, tiles)
+        kernel = partial(
+            _kernel,
+            has_sinks=sinks is not None,
+            has_scales=self.kv_scales is not None,
+            with_lse=self.with_lse,
+            tiles=tiles,
+            **self.rules,
+        )
+        block = tiles.pages * self.kv_pages.shape[2]
+        return pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(Items._fields),
+                grid=(q.shape[0] // tiles.heads, items.count[0]),
+                in_specs=[self._table(0), self._table(1), out_specs[0], *specs],
+                out_specs=out_specs,
+                scratch_shapes=[
+                    pltpu.VMEM((tiles.heads, queries, _LANES), jnp.float32),
+                    pltpu.VMEM((tiles.heads, queries, _LANES), jnp.float32),
+                    pltpu.VMEM((tiles.heads, queries, head_dim), jnp.float32),
+                    pltpu.VMEM((2, tiles.heads, block, self.kv_pages.shape[3]), self.kv_pages.dtype),
+                    pltpu.SemaphoreType.DMA((2,)),
+                    pltpu.SMEM((1,), jnp.int32),
+                ],
+            ),
+            out_shape=out_shape,
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
+            interpret=self.interpret,
+            name="ragged_paged_attention",
+        )(*items, self.page_table[:, None], self.page_table[:, None], q, *operands)
+
+    def _table(self, later: int) -> pl.BlockSpec:
+        """The pages of an item's row, or of the item's after it: the first comes after the last."""
+
+        def of_row(group: Any, item: Any, *scalars: Any) -> tuple[Any, ...]:
             items = Items(*scalars)
-            return items.row[which(item, items)], 0, 0
+            at = item + later
+            return items.row[jnp.where(at < items.count[0], at, 0)], 0, 0
 
-        return pl.BlockSpec((1, 1, page_table.shape[1]), index, memory_space=pltpu.SMEM)
+        return pl.BlockSpec((1, 1, self.page_table.shape[1]), of_row, memory_space=pltpu.SMEM)
 
-    in_specs = [
-        row_of(now),
-        row_of(after),
-        pl.BlockSpec(tuple(of_block), at_block),
-        pl.BlockSpec(memory_space=pl.ANY),
-    ]
-    table = page_table[:, None]
-    operands = [table, table, q, kv_pages]
-    if sinks is not None:
-        in_specs.append(pl.BlockSpec((tiles.heads, queries, 1), lambda group, item, *_: (group, 0, 0)))
-        operands.append(sinks)
-    out_specs = [pl.BlockSpec(tuple(of_block), at_block)]
-    out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-    if with_lse:
-        out_specs.append(pl.BlockSpec((*of_block[:3], 1), at_block))
-        out_shape.append(jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32))
-    block = tiles.pages * page_size
-    scratch = [
-        pltpu.VMEM((tiles.heads, queries, _LANES), jnp.float32),
-        pltpu.VMEM((tiles.heads, queries, _LANES), jnp.float32),
-        pltpu.VMEM((tiles.heads, queries, head_dim), jnp.float32),
-        pltpu.VMEM((2, tiles.heads, block, 2 * head_dim), kv_pages.dtype),
-        pltpu.SemaphoreType.DMA((2,)),
-        pltpu.SMEM((1,), jnp.int32),
-    ]
-    return pl.pallas_call(
-        partial(_kernel, has_sinks=sinks is not None, with_lse=with_lse, tiles=tiles, **known),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(Items._fields),
-            grid=(num_kv_heads // tiles.heads, items.row.shape[0]),
-            in_specs=in_specs,
-            out_specs=out_specs,
-            scratch_shapes=scratch,
-        ),
-        out_shape=out_shape,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
-        interpret=interpret,
-        name="ragged_paged_attention",
-    )(*items, *operands)
-
-
-def decode_items(kv_lens, rows) -> Items:
-    """Rows [0, rows) with one token each, at the end of their sequences."""
-    at = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
-    one = jnp.ones_like(at)
-    return Items(rows[None], at, at, 0 * one, one, kv_lens - 1)
-
-
-def chunk_items(kv_lens, cu_q_lens, rows, queries: int, tokens: int) -> Items:
-    """Rows [rows[0], rows[1]) in stretches of `queries` tokens of the batch."""
-    of_rows = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
-    start, stop = cu_q_lens[:-1], cu_q_lens[1:]
-    is_chunk = (of_rows >= rows[0]) & (of_rows < rows[1]) & (stop > start)
-    low, high = start // queries, (stop - 1) // queries + 1
-    counts = jnp.where(is_chunk, high - low, 0)
-    ends = jnp.cumsum(counts, dtype=jnp.int32)
-    most = -(-tokens // queries) + min(kv_lens.shape[0], tokens // 2 + 1)
-    at = jnp.arange(most, dtype=jnp.int32)
-    row = jnp.sum(ends[None] <= at[:, None], axis=1, dtype=jnp.int32)
-    row = jnp.minimum(row, kv_lens.shape[0] - 1)
-    block = low[row] + at - (ends - counts)[row]
-    from_token = jnp.maximum(start[row], block * queries)
-    to_token = jnp.minimum(stop[row], (block + 1) * queries)
-    position = kv_lens[row] - (stop[row] - from_token)
-    return Items(
-        ends[-1:], row, block, from_token - block * queries, to_token - block * queries, position
-    )
+    def _rest(
+        self, sinks: jax.Array | None, queries: int, tiles: Tiles
+    ) -> tuple[list[pl.BlockSpec], list[jax.Array]]:
+        specs, operands = [pl.BlockSpec(memory_space=pl.ANY)], [self.kv_pages]
+        if sinks is not None:
+            specs.append(pl.BlockSpec((tiles.heads, queries, 1), lambda group, *_: (group, 0, 0)))
+            operands.append(sinks)
+        if self.kv_scales is not None:
+            specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
+            operands.append(self.kv_scales)
+        return specs, operands
 
 
 def ragged_paged_attention(
@@ -339,40 +348,43 @@ def ragged_paged_attention(
     window: int = 0,
     soft_cap: float = 0.0,
     sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
+    with_lse: bool = False,
     interpret: Any = False,
-):
+) -> Any:
+    """As `xla.ragged_paged_attention`. Pages of one byte an element must hold 32 tokens or more,
+    those of two 16: a TPU's memory is tiled. `interpret` is pallas_call's."""
     tokens, num_heads, head_dim = q.shape
-    rows = kv_lens.shape[0]
-    num_kv_heads, page_size = kv_pages.shape[1:3]
+    num_pages, num_kv_heads, page_size, _ = kv_pages.shape
+    itemsize = kv_pages.dtype.itemsize
+    if page_size % (32 // itemsize):
+        raise ValueError(f"pages of {page_size} tokens of {kv_pages.dtype} do not fill a TPU's tiles")
+    layout = KVLayout(num_pages, num_kv_heads, page_size, head_dim)
+    rules = {"scale": scale, "window": window, "soft_cap": soft_cap}
+    call = _Call(kv_pages, page_table, kv_scales, with_lse, interpret, rules)
     group = num_heads // num_kv_heads
-    known = dict(scale=scale, window=window, soft_cap=soft_cap, with_lse=False, interpret=interpret)
-    grouped = q.reshape(tokens, num_kv_heads, group, head_dim)
-    per_row = min(rows, tokens)
-    of_decode = Tiles(num_kv_heads, 1, max(1, 256 // page_size))
-    decode_sinks = None if sinks is None else sinks.reshape(num_kv_heads, group, 1)
-    decoded, *_ = _call(
-        grouped[:per_row].transpose(1, 0, 2, 3),
-        kv_pages,
-        page_table,
-        decode_items(kv_lens[:per_row], jnp.minimum(distribution[0], per_row)),
-        decode_sinks,
-        of_decode,
-        1,
-        **known,
-    )
-    decoded = decoded.transpose(1, 0, 2, 3).reshape(per_row, num_heads, head_dim)
-    queries = min(64, tokens)
-    spare = -tokens % queries
-    of_chunk = Tiles(1, queries, max(1, 128 // page_size))
-    items = chunk_items(kv_lens, cu_q_lens, distribution, queries, tokens)
-    chunk_sinks = None
     if sinks is not None:
-        chunk_sinks = jnp.repeat(sinks.reshape(num_kv_heads, group, 1), queries, axis=1)
-    padded = jnp.pad(grouped, ((0, spare), (0, 0), (0, 0), (0, 0)))
-    chunks, *_ = _call(
-        padded.transpose(1, 2, 0, 3), kv_pages, page_table, items, chunk_sinks, of_chunk, 2, **known
-    )
-    chunks = chunks.transpose(2, 0, 1, 3)[:tokens].reshape(tokens, num_heads, head_dim)
-    is_decoded = jnp.arange(tokens) < distribution[0]
-    decoded = jnp.pad(decoded, ((0, tokens - per_row), (0, 0), (0, 0)))
-    return jnp.where(is_decoded[:, None, None], decoded, chunks)
+        sinks = sinks.astype(jnp.float32).reshape(num_kv_heads, group, 1)
+    grouped = q.reshape(tokens, num_kv_heads, group, head_dim)
+
+    per_row = min(kv_lens.shape[0], tokens)
+    items = decode_items(kv_lens[:per_row], jnp.minimum(distribution[0], per_row))
+    of_rows = grouped[:per_row].transpose(1, 0, 2, 3)
+    decoded = call(of_rows, sinks, items, Tiles.for_rows(layout, itemsize), 1)
+
+    tiles = Tiles.for_chunks(layout, itemsize, group, tokens)
+    items = chunk_items(kv_lens, cu_q_lens, distribution, tiles.queries, tokens)
+    spare = -tokens % tiles.queries
+    of_chunks = jnp.pad(grouped.transpose(1, 2, 0, 3), ((0, 0), (0, 0), (0, spare), (0, 0)))
+    if sinks is not None:
+        sinks = jnp.repeat(sinks, tiles.queries, axis=1)
+    chunks = call(of_chunks, sinks, items, tiles, 2)
+
+    is_decoded = (jnp.arange(tokens) < distribution[0])[:, None, None]
+    merged = []
+    for one, other in zip(decoded, chunks, strict=True):
+        one = one.transpose(1, 0, 2, 3).reshape(per_row, num_heads, -1)
+        other = other.transpose(2, 0, 1, 3)[:tokens].reshape(tokens, num_heads, -1)
+        one = jnp.pad(one, ((0, tokens - per_row), (0, 0), (0, 0)))
+        merged.append(jnp.where(is_decoded, one, other))
+    return (merged[0], merged[1][..., 0]) if with_lse else merged[0]
