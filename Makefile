@@ -1,13 +1,14 @@
 # make serve [MODEL=name] [PORT=8000]   bring up a server
 # make test                             run every test
-# Both make .venv first, on a machine that has Python 3.12 and nothing else.
+# make aot                              compile the kernels for every chip, none of them needed
+# All make .venv first, on a machine that has Python 3.12 and nothing else.
 
 PYTHON ?= python3
 MODEL ?= smollm2-135m-instruct
 PORT ?= 8000
 BIN := .venv/bin
 
-.PHONY: install serve test lint clean
+.PHONY: install serve test lint aot clean
 
 install: .venv/installed
 
@@ -24,11 +25,18 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@ .venv/installed
 
+.venv/installed-aot: pyproject.toml | .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[aot]'
+	@touch $@
+
 serve: install
 	$(BIN)/fastserve serve $(MODEL) --port $(PORT)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+aot: .venv/installed-aot
+	$(BIN)/python -m pytest tests/aot
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -18,14 +18,20 @@ class AttentionCase:
     rows: tuple[tuple[int, int], ...]
     window: int = 0
     page_size: int = 16
+    soft_cap: float = 0.0
+    sinks: bool = False
+    kv_dtype: str = ""  # of the pages; as the queries unless given, and then with scales
 
-    def layout(self) -> KVLayout:
+    def layout(self, lanes: int = 1) -> KVLayout:
         pages = sum(-(-total // self.page_size) for _, total in self.rows)
-        return KVLayout(pages + 3, self.num_kv_heads, self.page_size, self.head_dim)
+        return KVLayout(pages + 3, self.num_kv_heads, self.page_size, self.head_dim, lanes)
 
 
 _MIXED = ((1, 1), (1, 17), (1, 300), (5, 5), (33, 290), (64, 64), (90, 700))
 _DECODE = ((1, 3), (1, 16), (1, 255), (1, 256), (1, 257), (1, 1000))
+
+_FEW = ((1, 40), (1, 300), (20, 20), (70, 333))
+_LONG = ((1, 1000), (1, 1500), (1, 777), (1, 2048))
 
 ATTENTION = (
     AttentionCase("smollm2_decode", 9, 3, 64, _DECODE),
@@ -33,10 +39,19 @@ ATTENTION = (
     AttentionCase("gemma3_global", 4, 1, 256, _MIXED),
     AttentionCase("gemma3_local", 4, 1, 256, _MIXED, window=512),
     AttentionCase("gemma3_local_narrow", 4, 1, 256, _MIXED, window=37),
+    AttentionCase("gemma2_few", 8, 4, 256, _FEW, window=200, soft_cap=50.0),
     AttentionCase("qwen2_mixed", 14, 2, 64, _MIXED),
-    AttentionCase("gpt2_mixed", 12, 12, 64, _MIXED),
+    AttentionCase("gpt2_few", 12, 12, 64, _FEW),
+    AttentionCase("gpt_oss_few", 64, 8, 64, _FEW, window=128, sinks=True),
+    AttentionCase("phi2_few", 4, 4, 80, _FEW),
+    AttentionCase("phi3_medium_few", 24, 6, 128, _FEW, page_size=128),
     AttentionCase("stories_mixed", 8, 4, 8, _MIXED, page_size=8),
     AttentionCase("llama3_8b_decode", 32, 8, 128, _DECODE),
+    AttentionCase("llama3_8b_long", 32, 8, 128, _LONG),
+    AttentionCase("llama3_8b_int8", 32, 8, 128, _FEW, page_size=32, kv_dtype="int8"),
+    AttentionCase("llama3_8b_fp8", 32, 8, 128, _FEW, page_size=32, kv_dtype="float8_e4m3fn"),
+    AttentionCase("llama3_70b_shard", 8, 1, 128, _FEW, page_size=256),
+    AttentionCase("mixtral_few", 32, 8, 128, _FEW, window=4096),
     AttentionCase("qwen3_mixed", 16, 8, 128, _MIXED, page_size=64),
     AttentionCase("one_chunk", 9, 3, 64, ((130, 130),)),
 )

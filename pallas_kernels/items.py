@@ -31,8 +31,9 @@ def decode_items(kv_lens: jax.Array, rows: jax.Array) -> Items:
 
 def chunk_items(
     kv_lens: jax.Array, cu_q_lens: jax.Array, rows: jax.Array, queries: int, tokens: int
-) -> Items:
-    """Rows [rows[0], rows[1]) cut where blocks of `queries` tokens of the batch end."""
+) -> tuple[Items, jax.Array]:
+    """Rows [rows[0], rows[1]) cut where blocks of `queries` tokens of the batch end; and of each
+    token [tokens] the item it is in, any where it is in none."""
     most_rows = kv_lens.shape[0]
     start, stop = cu_q_lens[:-1], cu_q_lens[1:]
     at = jnp.arange(most_rows, dtype=jnp.int32)
@@ -50,4 +51,8 @@ def chunk_items(
     first = jnp.maximum(start[row], block * queries)
     end = jnp.minimum(stop[row], (block + 1) * queries)
     position = kv_lens[row] - (stop[row] - first)
-    return Items(ends[-1:], row, block, first - block * queries, end - block * queries, position)
+    first, end = first - block * queries, end - block * queries
+    token = jnp.arange(tokens, dtype=jnp.int32)
+    own = jnp.minimum(jnp.sum(stop <= token[:, None], axis=1, dtype=jnp.int32), most_rows - 1)
+    item_of = (ends - counts)[own] + token // queries - low[own]
+    return Items(ends[-1:], row, block, first, end, position), item_of

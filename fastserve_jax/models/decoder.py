@@ -124,9 +124,8 @@ class Attention(nnx.Module):
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
         kv_pages = write_kv(kv_pages, k, v, at.pages, at.offsets)
-        mixed = ragged_paged_attention(
-            q.astype(self.dtype), kv_pages, *rows, scale=scale, window=self.window
-        )
+        q = q.astype(self.dtype)
+        mixed = ragged_paged_attention(q, kv_pages, *rows, scale=scale, window=self.window)
         return mixed.reshape(len(heads), -1), kv_pages
 
 

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from fastserve_jax.errors import DoesNotFit
 from fastserve_jax.models.config import ModelConfig
-from pallas_kernels import KVLayout
+from pallas_kernels import KVLayout, lanes
 
 CPU_FRACTION = 0.05  # of all memory, for pages: a laptop has other uses for the rest
 CPU_GRAIN = 1  # its pool is a power of two, so that a start finds the programs of the one before
@@ -89,7 +89,7 @@ def plan_memory(
 
     Raises DoesNotFit, saying what would.
     """
-    layout = KVLayout(1, config.num_kv_heads, page_size, config.head_dim)
+    layout = KVLayout(1, config.num_kv_heads, page_size, config.head_dim, lanes())
     page_bytes = layout.page_bytes(dtype) * config.num_layers
     widest = 2 * config.intermediate_size + config.hidden_size * 4
     work_bytes = 4 * (3 * max_slots * config.vocab_size + 2 * step_tokens * widest)

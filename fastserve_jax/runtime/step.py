@@ -31,7 +31,7 @@ from fastserve_jax.core.types import MAX_TOP_LOGPROBS
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import Batch, Decoder, State, head_of, place
 from fastserve_jax.models.layers import Matrix, best_output, drawn_output, project
-from pallas_kernels import KVLayout
+from pallas_kernels import KVLayout, lanes
 
 from . import sampling
 from .host import HostLayout, swap_programs
@@ -67,7 +67,8 @@ class StepShape:
         return buckets(max(self.max_slots, 1 + self.guesses))
 
     def layout(self, config: ModelConfig) -> KVLayout:
-        return KVLayout(self.num_pages, config.num_kv_heads, self.page_size, config.head_dim)
+        pages, heads = self.num_pages, config.num_kv_heads
+        return KVLayout(pages, heads, self.page_size, config.head_dim, lanes())
 
     def host_layout(self, config: ModelConfig) -> HostLayout:
         page_elements = math.prod(self.layout(config).shape[1:])

@@ -101,19 +101,23 @@ class _Kernel:
     def page_size(self) -> int:
         return self.block // self.tiles.pages
 
-    def span(self, item: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Blocks of keys that an item sees, from and to, and where its keys end."""
-        items, window = self.items, self.window
+    def span(self, item: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The keys that an item sees: those of whole pages from the first on, and the end."""
+        items, page_size = self.items, self.page_size
         position = items.position[item]
         end = position + items.end[item] - items.first[item]
-        low = jnp.maximum(position - window + 1, 0) // self.block if window else 0
-        return low, (end + self.block - 1) // self.block, end
+        begin = jnp.int32(0)
+        if self.window:
+            begin = jnp.maximum(position - self.window + 1, 0) // page_size * page_size
+        return begin, end
 
-    def copies(self, table, group, at, end, slot, act) -> None:
-        """`act` on the copy of each page of block `at` that holds keys before `end`."""
+    def copies(self, table, group, at, span, slot, act) -> None:
+        """`act` on the copy of each page of block `at` that holds keys of `span`."""
         tiles, page_size = self.tiles, self.page_size
+        begin, end = span
         first = at * tiles.pages
-        count = jnp.minimum((end + page_size - 1) // page_size - first, tiles.pages)
+        low = jnp.maximum(begin // page_size - first, 0)
+        high = jnp.minimum((end + page_size - 1) // page_size - first, tiles.pages)
 
         def one(place: jax.Array, carry: None) -> None:
             heads = pl.ds(group * tiles.heads, tiles.heads)
@@ -122,23 +126,24 @@ class _Kernel:
             target = self.buffer.at[slot, :, rows]
             act(pltpu.make_async_copy(source, target, self.arrived.at[slot]))
 
-        lax.fori_loop(0, count, one, None)
+        lax.fori_loop(low, high, one, None)
 
     def run(self) -> None:
         group, item = pl.program_id(0), pl.program_id(1)
         count, blocks = self.items.count[0], self.items.block
-        low, high, end = self.span(item)
+        span = begin, end = self.span(item)
+        low, high = begin // self.block, (end + self.block - 1) // self.block
 
         @pl.when((group == 0) & (item == 0))
         def _() -> None:
             self.turn[0] = 0
-            self.copies(self.table, group, low, end, 0, lambda copy: copy.start())
+            self.copies(self.table, group, low, span, 0, _start)
 
         @pl.when((item == 0) | (blocks[jnp.maximum(item - 1, 0)] != blocks[item]))
         def _() -> None:
             self.begin()
 
-        lax.fori_loop(low, high, partial(self.step, group, item, high, end), None)
+        lax.fori_loop(low, high, partial(self.step, group, item, high, span), None)
 
         @pl.when((item + 1 == count) | (blocks[jnp.minimum(item + 1, count - 1)] != blocks[item]))
         def _() -> None:
@@ -154,32 +159,34 @@ class _Kernel:
             self.total[...] = jnp.ones_like(self.total)
         self.sum[...] = jnp.zeros_like(self.sum)
 
-    def step(self, group, item, high, end, at, carry: None) -> None:
+    def step(self, group, item, high, span, at, carry: None) -> None:
         """One block of keys: have the next one fetched, whoever's it is, and attend this one."""
         slot = lax.rem(self.turn[0], 2)
         self.turn[0] = self.turn[0] + 1
 
         @pl.when(at + 1 < high)
         def _() -> None:
-            self.copies(self.table, group, at + 1, end, 1 - slot, lambda copy: copy.start())
+            self.copies(self.table, group, at + 1, span, 1 - slot, _start)
 
         is_last = item + 1 == self.items.count[0]
         next_group = jnp.where(is_last, group + 1, group)
 
         @pl.when((at + 1 == high) & (next_group < pl.num_programs(0)))
         def _() -> None:
-            low, _, its_end = self.span(jnp.where(is_last, 0, item + 1))
-            start = lambda copy: copy.start()  # noqa: E731
-            self.copies(self.next_table, next_group, low, its_end, 1 - slot, start)
+            following = self.span(jnp.where(is_last, 0, item + 1))
+            first = following[0] // self.block
+            self.copies(self.next_table, next_group, first, following, 1 - slot, _start)
 
-        self.copies(self.table, group, at, end, slot, lambda copy: copy.wait())
+        self.copies(self.table, group, at, span, slot, _wait)
+        begin, end = span
 
-        @pl.when((at + 1) * self.block > end)
+        @pl.when((at * self.block < begin) | ((at + 1) * self.block > end))
         def _() -> None:
-            # What lies behind the end is another's or garbage; 0 * nan is nan.
-            rows = at * self.block + lax.broadcasted_iota(jnp.int32, (1, self.block, 1), 1)
+            # What lies outside is another's or garbage; 0 * nan is nan.
+            key = at * self.block + lax.broadcasted_iota(jnp.int32, (1, self.block, 1), 1)
             block = self.buffer[slot]
-            self.buffer[slot] = jnp.where(rows < end, block, jnp.zeros_like(block))
+            is_live = (key >= begin) & (key < end)
+            self.buffer[slot] = jnp.where(is_live, block, jnp.zeros_like(block))
 
         seen = self.seen(item, at)
         for head in range(self.tiles.heads):
@@ -237,6 +244,14 @@ class _Kernel:
             if self.kv_scales is not None:
                 out *= self.kv_scales[1, group * self.tiles.heads + head]
             self.out[head] = out.reshape(self.out.shape[1:]).astype(self.out.dtype)
+
+
+def _start(copy: Any) -> None:
+    copy.start()
+
+
+def _wait(copy: Any) -> None:
+    copy.wait()
 
 
 def _kernel(*refs: Any, has_sinks: bool, has_scales: bool, with_lse: bool, **known: Any) -> None:
@@ -302,7 +317,9 @@ class _Call:
                     pltpu.VMEM((tiles.heads, queries, _LANES), jnp.float32),
                     pltpu.VMEM((tiles.heads, queries, _LANES), jnp.float32),
                     pltpu.VMEM((tiles.heads, queries, head_dim), jnp.float32),
-                    pltpu.VMEM((2, tiles.heads, block, self.kv_pages.shape[3]), self.kv_pages.dtype),
+                    pltpu.VMEM(
+                        (2, tiles.heads, block, self.kv_pages.shape[3]), self.kv_pages.dtype
+                    ),
                     pltpu.SemaphoreType.DMA((2,)),
                     pltpu.SMEM((1,), jnp.int32),
                 ],
@@ -358,7 +375,9 @@ def ragged_paged_attention(
     num_pages, num_kv_heads, page_size, _ = kv_pages.shape
     itemsize = kv_pages.dtype.itemsize
     if page_size % (32 // itemsize):
-        raise ValueError(f"pages of {page_size} tokens of {kv_pages.dtype} do not fill a TPU's tiles")
+        raise ValueError(
+            f"pages of {page_size} tokens of {kv_pages.dtype} do not fill a TPU's tiles"
+        )
     layout = KVLayout(num_pages, num_kv_heads, page_size, head_dim)
     rules = {"scale": scale, "window": window, "soft_cap": soft_cap}
     call = _Call(kv_pages, page_table, kv_scales, with_lse, interpret, rules)
@@ -373,7 +392,7 @@ def ragged_paged_attention(
     decoded = call(of_rows, sinks, items, Tiles.for_rows(layout, itemsize), 1)
 
     tiles = Tiles.for_chunks(layout, itemsize, group, tokens)
-    items = chunk_items(kv_lens, cu_q_lens, distribution, tiles.queries, tokens)
+    items, _ = chunk_items(kv_lens, cu_q_lens, distribution, tiles.queries, tokens)
     spare = -tokens % tiles.queries
     of_chunks = jnp.pad(grouped.transpose(1, 2, 0, 3), ((0, 0), (0, 0), (0, spare), (0, 0)))
     if sinks is not None:

@@ -254,9 +254,7 @@ def host_space(array):
     return jax.device_put(array, jax.memory.Space.Host)
 
 
-@pytest.mark.parametrize(
-    "page_shape", [(1, 16, 512), (1, 4, 16), (2, 16, 128), (3, 4, 16)]
-)
+@pytest.mark.parametrize("page_shape", [(1, 16, 512), (1, 4, 16), (2, 16, 128), (3, 4, 16)])
 def test_copies_take_no_room_beside_the_pools_however_a_page_is_shaped(page_shape):
     """XLA keeps some arrays in place and copies others, by their dimensions."""
     kv_pages = [jnp.zeros((96, *page_shape), jnp.bfloat16)] * 3

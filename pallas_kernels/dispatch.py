@@ -1,0 +1,44 @@
+"""Which implementation attends on which platform, and how rows must lie for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from . import xla
+
+
+def lanes() -> int:
+    """To a multiple of how many elements a row of a page is filled up here; see KVLayout."""
+    return 128 if jax.default_backend() == "tpu" else 1
+
+
+def implementation(q: jax.Array, kv_pages: jax.Array) -> str:
+    """ "tpu" or "gpu" where that platform's kernel takes such arrays, otherwise "xla"."""
+    page_size = kv_pages.shape[2]
+    match jax.default_backend():
+        case "tpu":
+            return "xla" if page_size % (32 // kv_pages.dtype.itemsize) else "tpu"
+        case "gpu":
+            fits = q.dtype.itemsize == 2 and q.shape[2] % 16 == 0 and page_size % 8 == 0
+            return "gpu" if fits and kv_pages.dtype.itemsize <= 2 else "xla"
+        case _:
+            return "xla"
+
+
+def ragged_paged_attention(
+    q: jax.Array, kv_pages: jax.Array, *rows: jax.Array, by: str | None = None, **options: Any
+) -> Any:
+    """As `xla.ragged_paged_attention`, by the implementation that suits the platform, or `by`."""
+    by = by or implementation(q, kv_pages)
+    if by == "xla":
+        return xla.ragged_paged_attention(q, kv_pages, *rows, **options)
+    if by == "tpu":
+        from . import tpu
+
+        return tpu.ragged_paged_attention(q, kv_pages, *rows, **options)
+    from . import gpu
+
+    has_tma = float(jax.devices()[0].compute_capability) >= 9.0
+    return gpu.ragged_paged_attention(q, kv_pages, *rows, has_tma=has_tma, **options)

@@ -1,0 +1,91 @@
+"""python -m tests.aot.compile CHIP: attention's cases by the chip's real compiler, a line of JSON
+for each: what was compiled, in how long, and how much memory it takes; or the error."""
+
+import json
+import os
+import sys
+import time
+from functools import partial
+
+from fastserve_jax.chips import ENVIRONMENT, topology
+
+os.environ.update(ENVIRONMENT)
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels import KVLayout, cases, gpu, tpu
+
+PAGES, ROWS, WIDTH = 512, 32, 64
+TOKENS = (32, 512)  # rows of one token only; chunks beside them
+
+
+def programs(chip):
+    """Name, function and shapes of each."""
+    is_tpu = ":" in chip
+    for case in cases.ATTENTION:
+        if case.page_size < 16 or case.head_dim % 16:
+            continue  # less than a tile
+        for dtype in ("bfloat16", "float32") if is_tpu else ("bfloat16",):
+            for tokens in TOKENS:
+                yield f"{case.name} {dtype} {tokens}", *program(case, dtype, tokens, chip)
+
+
+def program(case, dtype, tokens, chip):
+    lanes = 128 if ":" in chip else 1
+    layout = KVLayout(PAGES, case.num_kv_heads, case.page_size, case.head_dim, lanes)
+    options = {"scale": 0.1, "window": case.window, "soft_cap": case.soft_cap, "with_lse": True}
+    shapes = [
+        ((tokens, case.num_heads, case.head_dim), dtype),
+        (layout.shape, case.kv_dtype or dtype),
+        ((ROWS,), "int32"),
+        ((ROWS, WIDTH), "int32"),
+        ((ROWS + 1,), "int32"),
+        ((2,), "int32"),
+    ]
+    names = []
+    if case.sinks:
+        names.append("sinks")
+        shapes.append(((case.num_heads,), "float32"))
+    if case.kv_dtype:
+        names.append("kv_scales")
+        shapes.append(((2, case.num_kv_heads), "float32"))
+    if ":" in chip:
+        attend = partial(tpu.ragged_paged_attention, **options)
+    else:
+        attend = partial(gpu.ragged_paged_attention, **options, has_tma=not chip.startswith("a"))
+
+    def run(*arrays):
+        return attend(*arrays[:6], **dict(zip(names, arrays[6:], strict=True)))
+
+    return run, shapes
+
+
+def main(chip, only=""):
+    devices = topology(chip).devices
+    mesh = Mesh(np.array(devices[:1]), ("x",))
+    here = NamedSharding(mesh, PartitionSpec())
+    for name, run, shapes in programs(chip):
+        if only not in name:
+            continue
+        given = [jax.ShapeDtypeStruct(s, jnp.dtype(d), sharding=here) for s, d in shapes]
+        began = time.perf_counter()
+        line = {"chip": chip, "case": name}
+        try:
+            with jax.default_device(devices[0]), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                compiled = jax.jit(run).lower(*given).compile()
+        except Exception as error:
+            line["error"] = f"{type(error).__name__}: {error}"[:1000]
+        else:
+            memory = compiled.memory_analysis()
+            line["temp_bytes"] = memory.temp_size_in_bytes
+            line["argument_bytes"] = memory.argument_size_in_bytes
+            line["kernels"] = compiled.as_text().count("custom-call(")
+        line["seconds"] = round(time.perf_counter() - began, 2)
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,71 @@
+"""Attention's cases by the real compilers of chips that are not here. `make aot` prints the table.
+
+Needs the extra `aot` (half a gigabyte of compilers); each chip is compiled for in a process of its
+own, because what a GPU's compiler cannot do ends the process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from fastserve_jax.chips import ENVIRONMENT, topology
+from fastserve_jax.errors import ConfigError
+
+TPUS = ("v4:2x2x1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1")
+GPUS = ("a100", "h100", "b200")
+HAS = {
+    "tpu": find_spec("libtpu") is not None,
+    "gpu": find_spec("jax_plugins") is not None and find_spec("jax_plugins.xla_cuda12") is not None,
+}
+WITHOUT = "the compiler is not installed: make aot, or pip install '.[aot]'"
+pytestmark = pytest.mark.aot
+
+
+def of(platform, chips):
+    skipped = pytest.mark.skipif(not HAS[platform], reason=WITHOUT)
+    return [pytest.param(chip, marks=skipped) for chip in chips]
+
+
+def compiled(chip, *only):
+    """What was compiled for `chip`, as tests.aot.compile says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.aot.compile", chip, *only],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("chip", of("tpu", TPUS) + of("gpu", GPUS))
+def test_every_case_compiles_without_a_copy_of_the_pages(chip, capsys):
+    lines = compiled(chip)
+    with capsys.disabled():
+        print(f"\n{'case':40} {'seconds':>8} {'temp MB':>8} {'kernels':>8}   {chip}")
+        for line in lines:
+            numbers = (line["seconds"], line.get("temp_bytes", 0) / 1e6, line.get("kernels", 0))
+            print("{:40} {:8.1f} {:8.2f} {:8}".format(line["case"], *numbers))
+    failed = [line for line in lines if "error" in line]
+    assert not failed, "\n".join(f"{line['case']}: {line['error']}" for line in failed)
+    assert len(lines) >= 38
+    for line in lines:
+        assert line["kernels"] >= 2, line
+        assert line["temp_bytes"] < 0.6 * line["argument_bytes"], line
+
+
+@pytest.mark.parametrize("chip", of("tpu", ["v5e:3x3", "v5e:huge"]))
+def test_a_topology_that_is_none_is_said_so(chip):
+    with pytest.raises(ConfigError, match=f"no topology {chip}"):
+        topology(chip)
+
+
+@pytest.mark.parametrize("chip", ["", "v9:2x2", "h100y8", "x100", "v5e"])
+def test_a_chip_that_is_none_is_said_so(chip):
+    with pytest.raises(ConfigError, match="no chip .* is known: give a TPU with its topology"):
+        topology(chip)
