@@ -10,6 +10,7 @@ content, whatever the chip, and what a GPU's compiler cannot do ends the process
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -75,8 +76,7 @@ def _require(module: str, chip: str) -> None:
 
 def _target(name: str) -> str:
     """XLA's description of a GPU, as the plugin that compiles for it carries it."""
-    import jax_plugins.xla_cuda12 as plugin
-
+    plugin = importlib.import_module("jax_plugins.xla_cuda12")
     library = Path(plugin.__file__ or "").parent / "xla_cuda_plugin.so"
     data = library.read_bytes()
     wanted = f'device_description_str: "{name}"'.encode()

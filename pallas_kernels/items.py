@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 
 class Items(NamedTuple):
-    """[items] int32 each, the first `count` of them real. Item i attends tokens first[i]:end[i] of
-    block[i], the first of them at position[i] of the sequence row[i]."""
+    """[items] int32 each, the first `real` of them to be attended. Item i attends the tokens
+    first[i]:end[i] of block[i], the first of them at position[i] of the sequence row[i]."""
 
-    count: jax.Array  # [1]
+    real: jax.Array  # [1]
     row: jax.Array
     block: jax.Array
     first: jax.Array

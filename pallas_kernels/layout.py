@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """One layer's pages: [num_pages, num_kv_heads, page_size, row], a row being a head's key and then
-    its value of one token, and nothing behind them up to a multiple of `lanes`.
+    """One layer's pages: [num_pages, num_kv_heads, page_size, row], a row being a head's key and
+    then its value of one token, and nothing behind them up to a multiple of `lanes`.
 
     A head's rows within a page are contiguous: one copy of (page, head) brings the operands of both
     products and nothing has to be transposed. Side by side, heads of 64 fill a TPU's 128 lanes; of
@@ -54,7 +54,7 @@ def write_kv(
     rows = jnp.concatenate([keys, values], axis=-1)
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, kv_pages.shape[3] - rows.shape[2])))
     if jnp.issubdtype(kv_pages.dtype, jnp.integer):
-        most = jnp.iinfo(kv_pages.dtype).max
+        most = 2 ** (8 * kv_pages.dtype.itemsize - 1) - 1
         rows = jnp.clip(jnp.round(rows), -most, most)
     rows = rows.astype(kv_pages.dtype)
     return kv_pages.at[pages, :, offsets].set(rows, mode="drop")

@@ -9,6 +9,7 @@ order whatever stands beside it. Softmax is accumulated block by block (Milakov 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -73,19 +74,43 @@ def ragged_paged_attention(
     rules = _Rules(scale, window, soft_cap, sinks, kv_scales, with_lse)
     attend = partial(_attend, kv_pages, rules=rules, pages_per_block=pages_per_block)
 
-    def given(out: jax.Array) -> Attended:
-        return (out[..., :-1].astype(q.dtype), out[..., -1]) if with_lse else out
+    walk = (
+        _each_token if tokens <= rows else partial(_rows_and_chunks, block_q=min(block_q, tokens))
+    )
+    out = walk(attend, q, kv_lens, page_table, cu_q_lens, distribution)
+    return (out[..., :-1].astype(q.dtype), out[..., -1]) if with_lse else out
 
-    if tokens <= rows:  # so few that each token may walk its sequence's pages by itself
-        at = jnp.arange(tokens)
-        own = jnp.minimum(row_of_token(cu_q_lens, tokens), rows - 1)
-        positions = kv_lens[own] - cu_q_lens[own + 1] + at
-        lens = jnp.where(at < cu_q_lens[distribution[1]], positions + 1, 0)
-        return given(attend(q[:, None], page_table[own], positions, lens)[:, 0])
 
+def _each_token(
+    attend: Callable[..., jax.Array],
+    q: jax.Array,
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    cu_q_lens: jax.Array,
+    distribution: jax.Array,
+) -> jax.Array:
+    """So few tokens that each may walk its sequence's pages by itself."""
+    at = jnp.arange(q.shape[0])
+    own = jnp.minimum(row_of_token(cu_q_lens, q.shape[0]), kv_lens.shape[0] - 1)
+    positions = kv_lens[own] - cu_q_lens[own + 1] + at
+    lens = jnp.where(at < cu_q_lens[distribution[1]], positions + 1, 0)
+    return attend(q[:, None], page_table[own], positions, lens)[:, 0]
+
+
+def _rows_and_chunks(
+    attend: Callable[..., jax.Array],
+    q: jax.Array,
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    cu_q_lens: jax.Array,
+    distribution: jax.Array,
+    *,
+    block_q: int,
+) -> jax.Array:
+    """The rows of one token together, then stretch by stretch of every chunk."""
+    rows = kv_lens.shape[0]
     lens = jnp.where(jnp.arange(rows) < distribution[0], kv_lens, 0)
     decoded = attend(q[:rows, None], page_table, lens - 1, lens)[:, 0]
-    block_q = min(block_q, tokens)
     padded = jnp.pad(q, ((0, block_q), (0, 0), (0, 0)))  # a last block may reach past the end
     out = jnp.zeros((*padded.shape[:2], decoded.shape[-1]), decoded.dtype)
     out = lax.dynamic_update_slice(out, decoded, (0, 0, 0))
@@ -109,7 +134,7 @@ def ragged_paged_attention(
         return done
 
     filled: jax.Array = lax.fori_loop(distribution[0], distribution[1], chunk, out)
-    return given(filled[:tokens])
+    return filled[: q.shape[0]]
 
 
 def row_of_token(cu_q_lens: jax.Array, tokens: int) -> jax.Array:
@@ -117,6 +142,12 @@ def row_of_token(cu_q_lens: jax.Array, tokens: int) -> jax.Array:
     search would be a loop, which a compiler cannot share between layers."""
     at = jnp.arange(tokens)[:, None]
     return jnp.sum(cu_q_lens[1:] <= at, axis=1, dtype=jnp.int32)
+
+
+def _seen(past: jax.Array, at: jax.Array, kv_lens: jax.Array, window: int) -> jax.Array:
+    """[rows, queries, block] bool: which of the positions `past` those at `at` see."""
+    seen = (past <= at[..., None]) & (past < kv_lens[:, None, None])
+    return seen & (past > at[..., None] - window) if window else seen
 
 
 def _attend(
@@ -159,10 +190,7 @@ def _attend(
         if soft_cap:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
         past = i * block + jnp.arange(block)
-        seen = (past <= at[..., None]) & (past < kv_lens[:, None, None])
-        if window:
-            seen &= past > at[..., None] - window
-        seen = jnp.tile(seen, (1, group, 1))[:, None]  # [rows, 1, group * queries, block]
+        seen = jnp.tile(_seen(past, at, kv_lens, window), (1, group, 1))[:, None]
         higher = jnp.maximum(best, jnp.where(seen, scores, _FAR).max(-1))
         # Masked explicitly: in a block where nothing is seen yet, exp(_FAR - _FAR) would be 1.
         weights = jnp.where(seen, jnp.exp(scores - higher[..., None]), 0.0)

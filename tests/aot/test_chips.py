@@ -67,5 +67,5 @@ def test_a_topology_that_is_none_is_said_so(chip):
 
 @pytest.mark.parametrize("chip", ["", "v9:2x2", "h100y8", "x100", "v5e"])
 def test_a_chip_that_is_none_is_said_so(chip):
-    with pytest.raises(ConfigError, match="no chip .* is known: give a TPU with its topology"):
+    with pytest.raises(ConfigError, match=r"no chip .* is known: give a TPU with its topology"):
         topology(chip)

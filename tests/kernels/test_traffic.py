@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import cases
 from pallas_kernels.items import chunk_items, decode_items
-from pallas_kernels.tpu import attention
+from pallas_kernels.tpu import kernel
 from tests.kernels.rows import build
 
 DECODE = [case for case in cases.ATTENTION if all(new == 1 for new, _ in case.rows)]
@@ -47,7 +47,7 @@ def walk(case, items, tiles, monkeypatch):
     page_bytes = layout.page_bytes(jnp.bfloat16)
     copies = Copies(page_bytes // case.num_kv_heads)
     block = tiles.pages * case.page_size
-    kernel = attention._Kernel(
+    walked = kernel.Kernel(
         **dict.fromkeys(("sinks", "kv_scales", "out", "lse", "best", "total", "sum", "q")),
         tiles=tiles,
         scale=1.0,
@@ -61,14 +61,14 @@ def walk(case, items, tiles, monkeypatch):
         arrived=SimpleNamespace(at=[None, None]),
         turn=None,
     )
-    monkeypatch.setattr(attention.pltpu, "make_async_copy", copies.made)
+    monkeypatch.setattr(kernel.pltpu, "make_async_copy", copies.made)
     table = np.zeros((1, 1, 1 << 20), np.int32)
     blocks = 0
     for group in range(case.num_kv_heads // tiles.heads):
-        for item in range(int(items.count[0])):
-            begin, end = span = kernel.span(item)
+        for item in range(int(items.real[0])):
+            begin, end = span = walked.span(item)
             for at in range(int(begin) // block, -(-int(end) // block)):
-                kernel.copies(table, group, at, span, 0, lambda copy: None)
+                walked.copies(table, group, at, span, 0, lambda copy: None)
                 blocks += tiles.heads
     rows = tiles.queries * case.num_heads // case.num_kv_heads
     return copies.bytes, 2 * blocks * rows * block * case.head_dim
@@ -82,12 +82,11 @@ def seen(case, position):
 def test_rows_of_one_token_read_each_live_page_once(case, monkeypatch):
     _, _, kv_lens, _, _, distribution = build(case, jnp.bfloat16)
     layout = case.layout(128)
-    tiles = attention.Tiles.for_rows(layout, 2)
+    tiles = kernel.Tiles.for_rows(layout, 2)
     with jax.disable_jit():
         read, _ = walk(case, decode_items(kv_lens, distribution[0]), tiles, monkeypatch)
     pages = sum(
-        -(-total // case.page_size)
-        - max(0, total - case.window if case.window else 0) // case.page_size
+        -(-total // case.page_size) - (total - seen(case, total - 1)) // case.page_size
         for _, total in case.rows
     )
     assert read <= 1.1 * pages * layout.page_bytes(jnp.bfloat16)
@@ -102,7 +101,7 @@ def test_chunks_multiply_little_more_than_they_must(case, monkeypatch):
     _, _, kv_lens, _, cu_q_lens, distribution = build(case, jnp.bfloat16)
     tokens = sum(new for new, _ in case.rows)
     layout = case.layout(128)
-    tiles = attention.Tiles.for_chunks(layout, 2, case.num_heads // case.num_kv_heads, tokens)
+    tiles = kernel.Tiles.for_chunks(layout, 2, case.num_heads // case.num_kv_heads, tokens)
     with jax.disable_jit():
         items, _ = chunk_items(kv_lens, cu_q_lens, distribution, tiles.queries, tokens)
         _, made = walk(case, items, tiles, monkeypatch)

@@ -1,0 +1,237 @@
+"""The kernel of ragged paged attention on a GPU, as a block of threads runs it: see attention.py"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ..items import Items
+
+_FAR = -1e30  # a score below any real one; finite, so that no inf - inf arises
+_KEYS = 64  # of a block, where a page is not larger
+ROWS = 64  # of a product: sixteen for each of the four warps of a block of threads
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is known when it is compiled."""
+
+    scale: float
+    window: int
+    soft_cap: float
+    page_size: int
+    head_dim: int
+    kv_heads_each: int  # groups of query heads of one KV head
+    token_rows: int  # rows of a product that belong to one token, one after the other
+    parts: int  # of a sequence
+    dtype: Any
+    has_tma: bool
+    interpret: Any
+
+    @property
+    def pages(self) -> int:
+        return max(1, _KEYS // self.page_size)
+
+    @property
+    def keys(self) -> int:
+        return self.pages * self.page_size
+
+    def layout(self, kind: str) -> Any:
+        """How threads hold an operand: "LHS", "RHS" or "ACC"."""
+        return getattr(plgpu.Layout, f"MMA_{kind}")(self.dtype)
+
+    def load(self, ref: Any, kind: str) -> jax.Array:
+        loaded: jax.Array = plgpu.load(ref, layout=self.layout(kind), optimized=False)
+        return loaded
+
+    def full(self, shape: tuple[int, ...], value: float) -> jax.Array:
+        layout = self.layout("ACC")
+        layout = layout if len(shape) == 2 else layout.reduce(1)
+        filled: jax.Array = plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+        return filled
+
+    def product(self, left: jax.Array, right: jax.Array) -> jax.Array:
+        if self.interpret:  # which has no mma.sync
+            return jnp.dot(left, right, preferred_element_type=jnp.float32)
+        made: jax.Array = plgpu.mma(self.full((left.shape[0], right.shape[1]), 0.0), left, right)
+        return made
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """The refs of one block of threads."""
+
+    rules: Rules
+    items: Items
+    table: Any  # [rows, pages_per_row]
+    q: Any  # [heads, blocks, 64, head_dim]
+    kv_pages: Any  # as in KVLayout
+    sinks: Any  # [heads, 64] float32 or None
+    kv_scales: Any  # [2, num_kv_heads] float32 or None
+    out: Any  # [parts, heads, items, 64, head_dim]
+    lse: Any  # [parts, heads, items, 64]
+    buffer: Any  # shared memory [2, keys, row of a page]
+    weights: Any  # shared memory [64, keys]
+    wide: Any  # shared memory [keys, row of a page], where pages are of a narrower type, or None
+    arrived: Any  # barriers [2], with TMA
+
+    def run(self) -> None:
+        rules, items = self.rules, self.items
+        head, item, part = (lax.axis_index(name) for name in ("head", "item", "part"))
+        kv_head = lax.div(head, jnp.int32(rules.kv_heads_each))
+        position, first, stop = items.position[item], items.first[item], items.end[item]
+        end = position + stop - first
+        begin = jnp.int32(0)
+        if rules.window:
+            begin = jnp.maximum(position - rules.window + 1, 0)
+        low, high = self.blocks(begin, end, part)
+        row = items.row[item]
+
+        def fetch(at: jax.Array, slot: jax.Array) -> None:
+            self.fetch(row, kv_head, (begin, end), at, slot)
+
+        @pl.when(low < high)
+        def _() -> None:
+            fetch(low, jnp.int32(0))
+
+        queries = rules.load(self.q.at[head, items.block[item]], "LHS")
+        scale = rules.scale * (1.0 if self.kv_scales is None else self.kv_scales[0, kv_head])
+
+        def step(at: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            slot = lax.rem(at - low, jnp.int32(2))
+            if rules.has_tma:
+                plgpu.commit_smem()  # what was read there comes before what TMA writes
+            pl.when(at + 1 < high)(lambda: fetch(at + 1, 1 - slot))
+            self.wait(slot, at + 1 < high)
+            seen = self.seen(at, position - first, first, stop)
+            live = begin - at * rules.keys, end - at * rules.keys
+            return self.attend(queries, scale, slot, seen, live, carry)
+
+        start = (*self.begin(head, part), rules.full((ROWS, rules.head_dim), 0.0))
+        best, total, mixed = lax.fori_loop(low, high, step, start)
+        total = jnp.where(total == 0.0, 1.0, total)
+        mixed = mixed / lax.broadcast_in_dim(total, mixed.shape, [0])
+        if self.kv_scales is not None:
+            mixed = mixed * self.kv_scales[1, kv_head]
+        out, lse = (ref.at[part, head, item] for ref in (self.out, self.lse))
+        plgpu.store(out, mixed.astype(out.dtype), optimized=False)
+        plgpu.store(lse, best + jnp.log(total), optimized=False)
+
+    def blocks(
+        self, begin: jax.Array, end: jax.Array, part: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Of keys, those that this part of the sequence has, from and to."""
+        rules, keys = self.rules, jnp.int32(self.rules.keys)
+        low, high = lax.div(begin, keys), lax.div(end + keys - 1, keys)
+        if rules.parts > 1:
+            each = lax.div(high - low + rules.parts - 1, jnp.int32(rules.parts))
+            low = low + part * each
+            high = jnp.minimum(high, low + each)
+        return low, high
+
+    def fetch(self, row: Any, kv_head: Any, span: tuple[Any, Any], at: Any, slot: Any) -> None:
+        """Outside of the keys that are seen a page beside comes once more, from the chip's cache: a
+        barrier counts on every copy."""
+        rules, page_size = self.rules, jnp.int32(self.rules.page_size)
+        begin, last = lax.div(span[0], page_size), lax.div(span[1] - 1, page_size)
+        for place in range(rules.pages):
+            page = self.table[row, jnp.clip(at * rules.pages + place, begin, last)]
+            source = self.kv_pages.at[page, kv_head]
+            target = self.buffer.at[slot, pl.ds(place * rules.page_size, rules.page_size)]
+            if rules.has_tma:
+                plgpu.copy_gmem_to_smem(source, target, self.arrived.at[slot])
+            else:
+                in_bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+                plgpu.copy_gmem_to_smem(source, target, oob_mode=in_bounds)
+
+    def wait(self, slot: jax.Array, has_next: jax.Array) -> None:
+        if self.rules.has_tma:
+            plgpu.barrier_wait(self.arrived.at[slot])
+            return
+        # Copies are waited for by how many later ones may still be on their way.
+        pl.when(has_next)(lambda: plgpu.wait_gmem_to_smem(self.rules.pages))
+        pl.when(jnp.logical_not(has_next))(lambda: plgpu.wait_gmem_to_smem(0))
+
+    def begin(self, head: jax.Array, part: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Best score and sum so far. A sink is a score without a value, of the first part."""
+        rules = self.rules
+        best, total = rules.full((ROWS,), _FAR), rules.full((ROWS,), 0.0)
+        if self.sinks is not None:
+            layout = rules.layout("ACC").reduce(1)
+            sink = plgpu.load(self.sinks.at[head], layout=layout, optimized=False)
+            is_first = (part == 0).astype(jnp.float32)
+            best = sink * is_first + best * (1.0 - is_first)
+            total = total + is_first
+        return best, total
+
+    def seen(self, at: Any, begin: Any, first: Any, stop: Any) -> jax.Array:
+        """[64, keys] bool: which query may see which key; none, where it is not the item's. The
+        block's first token would be at position `begin`."""
+        rules = self.rules
+        layout, shape = rules.layout("ACC"), (ROWS, rules.keys)
+        past = at * rules.keys + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
+        token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+        token = lax.shift_right_logical(
+            token, jnp.full_like(token, rules.token_rows.bit_length() - 1)
+        )
+        position = begin + token
+        seen = (past <= position) & (token >= first) & (token < stop)
+        if rules.window:
+            seen &= past > position - rules.window
+        return seen
+
+    def attend(
+        self,
+        queries: jax.Array,
+        scale: Any,
+        slot: Any,
+        seen: jax.Array,
+        live: tuple[Any, Any],
+        carry: tuple[jax.Array, ...],
+    ) -> tuple[jax.Array, ...]:
+        """One block of keys, of which those from live[0] to live[1] are there to be seen."""
+        rules, (best, total, mixed) = self.rules, carry
+        dim, block = rules.head_dim, self.buffer.at[slot]
+        if self.wide is not None:
+            narrow = rules.load(block, "LHS").astype(jnp.float32)  # fp8 has no shorter way to bf16
+            plgpu.store(self.wide, narrow.astype(rules.dtype), optimized=False)
+            block = self.wide
+        keys = rules.load(block.at[:, pl.ds(0, dim)].T, "RHS")
+        scores = rules.product(queries, keys) * scale
+        if rules.soft_cap:
+            scores = rules.soft_cap * jnp.tanh(scores * (1.0 / rules.soft_cap))
+        scores = jnp.where(seen, scores, _FAR)
+        higher = jnp.maximum(best, scores.max(axis=1))
+        wide = lax.broadcast_in_dim(higher, scores.shape, [0])
+        # Masked explicitly: where nothing is seen yet, exp(_FAR - _FAR) would be 1.
+        weights = jnp.where(seen, jnp.exp(scores - wide), 0.0)
+        fade = jnp.exp(best - higher)
+        self.weights[...] = weights.astype(rules.dtype)
+        values = rules.load(block.at[:, pl.ds(dim, dim)], "RHS")
+        # What lies outside is another's or garbage; 0 * nan is nan.
+        key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=rules.layout("RHS"))
+        is_live = (key >= live[0]) & (key < live[1])
+        values = jnp.where(is_live, values, jnp.zeros_like(values))
+        gained = rules.product(rules.load(self.weights, "LHS"), values)
+        mixed = mixed * lax.broadcast_in_dim(fade, mixed.shape, [0]) + gained
+        return higher, total * fade + weights.sum(axis=1), mixed
+
+
+def run_kernel(
+    *refs: Any, rules: Rules, has_sinks: bool, has_scales: bool, is_narrow: bool
+) -> None:
+    given = iter(refs)
+    items = Items(*(next(given) for _ in Items._fields))
+    named = {name: next(given) for name in ("table", "q", "kv_pages")}
+    named["sinks"] = next(given) if has_sinks else None
+    named["kv_scales"] = next(given) if has_scales else None
+    named |= {name: next(given) for name in ("out", "lse", "buffer", "weights")}
+    named["wide"] = next(given) if is_narrow else None
+    kernel = _Kernel(rules=rules, items=items, arrived=next(given, None), **named)
+    pl.when(lax.axis_index("item") < items.real[0])(kernel.run)
