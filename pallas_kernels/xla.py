@@ -144,6 +144,14 @@ def row_of_token(cu_q_lens: jax.Array, tokens: int) -> jax.Array:
     return jnp.sum(cu_q_lens[1:] <= at, axis=1, dtype=jnp.int32)
 
 
+def _gathered(kv_pages: jax.Array, pages: jax.Array) -> jax.Array:
+    """[rows, pages] -> [rows, num_kv_heads, pages * page_size, row], in the order products want."""
+    num_pages, num_kv_heads, page_size, row = kv_pages.shape
+    flat = kv_pages.reshape(num_pages * num_kv_heads, page_size, row)
+    index = pages[:, None, :] * num_kv_heads + jnp.arange(num_kv_heads)[:, None]
+    return flat[index].reshape(pages.shape[0], num_kv_heads, -1, row)
+
+
 def _seen(past: jax.Array, at: jax.Array, kv_lens: jax.Array, window: int) -> jax.Array:
     """[rows, queries, block] bool: which of the positions `past` those at `at` see."""
     seen = (past <= at[..., None]) & (past < kv_lens[:, None, None])
@@ -164,24 +172,18 @@ def _attend(
     Where it is asked for, the logarithm stands behind each head's values, and all is float32."""
     window, soft_cap, kv_scales = rules.window, rules.soft_cap, rules.kv_scales
     rows, queries, num_heads, head_dim = q.shape
-    num_pages, num_kv_heads, page_size, row = kv_pages.shape
+    num_kv_heads, page_size = kv_pages.shape[1:3]
     group = num_heads // num_kv_heads
     block = pages_per_block * page_size
-    # [page and head, page_size, row]: gathered in the order the products want
-    flat = kv_pages.reshape(num_pages * num_kv_heads, page_size, row)
     q = q.reshape(rows, queries, num_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(rows, num_kv_heads, group * queries, head_dim)
     at = positions[:, None] + jnp.arange(queries)  # [rows, queries]
 
-    def gather(pages: jax.Array) -> tuple[jax.Array, jax.Array]:
-        index = pages[:, None, :] * num_kv_heads + jnp.arange(num_kv_heads)[:, None]
-        found = flat[index].reshape(rows, num_kv_heads, block, row).astype(q.dtype)
-        return found[..., :head_dim], found[..., head_dim : 2 * head_dim]
-
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         best, total, out = carry
         pages = lax.dynamic_slice_in_dim(page_table, i * pages_per_block, pages_per_block, 1)
-        keys, values = gather(pages)
+        found = _gathered(kv_pages, pages).astype(q.dtype)
+        keys, values = found[..., :head_dim], found[..., head_dim : 2 * head_dim]
         scores = rules.scale * jnp.einsum(
             "rkqd,rksd->rkqs", q, keys, preferred_element_type=jnp.float32
         )
