@@ -64,6 +64,8 @@ def program(case, dtype, tokens, chip):
 
 
 def main(chip, only=""):
+    """Prints a line for each case with `only` in its name, and returns them."""
+    lines = []
     devices = topology(chip).devices
     mesh = Mesh(np.array(devices[:1]), ("x",))
     here = NamedSharding(mesh, PartitionSpec())
@@ -85,6 +87,8 @@ def main(chip, only=""):
             line["kernels"] = compiled.as_text().count("custom-call(")
         line["seconds"] = round(time.perf_counter() - began, 2)
         print(json.dumps(line), flush=True)
+        lines.append(line)
+    return lines
 
 
 if __name__ == "__main__":

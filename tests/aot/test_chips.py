@@ -59,6 +59,18 @@ def test_every_case_compiles_without_a_copy_of_the_pages(chip, capsys):
         assert line["temp_bytes"] < 0.6 * line["argument_bytes"], line
 
 
+@pytest.mark.parametrize("chip", of("tpu", ["v5e:1x1"]) + of("gpu", ["h100"]))
+def test_tiles_without_room_are_refused(chip):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.aot.wrong", chip],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("chip", of("tpu", ["v5e:3x3", "v5e:huge"]))
 def test_a_topology_that_is_none_is_said_so(chip):
     with pytest.raises(ConfigError, match=f"no topology {chip}"):
