@@ -3,10 +3,9 @@ refused, as it must be."""
 
 import sys
 
-from tests.aot import compile as aot
-
 from pallas_kernels.gpu import kernel as gpu_kernel
 from pallas_kernels.tpu import kernel as tpu_kernel
+from tests.aot import compile as aot
 
 tpu_kernel._KV_BYTES, tpu_kernel._MOST_KEYS = 1 << 30, 1 << 16
 gpu_kernel._KEYS = 1 << 10
