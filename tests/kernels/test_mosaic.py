@@ -22,8 +22,18 @@ KERNELS = {
 }
 
 
+# Minutes that tell little: their like is among the rest. `make aot` runs them.
+SELDOM = ("qwen2_mixed", "gpt2_few", "mixtral_few", "gemma3_local", "llama3_8b_decode")
+LIKE_ANOTHER = pytest.mark.skipif(
+    "not config.getoption('-m')", reason="its like is among the rest: make aot runs it, too"
+)
 RUNS = [
-    pytest.param(chip, case, id=f"{chip}-{case.name}")
+    pytest.param(
+        chip,
+        case,
+        id=f"{chip}-{case.name}",
+        marks=[LIKE_ANOTHER, pytest.mark.aot] if case.name in SELDOM else [],
+    )
     for chip in KERNELS
     for case in cases.ATTENTION
     if chip == "tpu" or case.head_dim % 16 == 0
