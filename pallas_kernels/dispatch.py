@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from . import xla
 
@@ -21,8 +22,10 @@ def implementation(q: jax.Array, kv_pages: jax.Array) -> str:
         case "tpu":
             return "xla" if page_size % (32 // kv_pages.dtype.itemsize) else "tpu"
         case "gpu":
-            fits = q.dtype.itemsize == 2 and q.shape[2] % 16 == 0 and page_size % 8 == 0
-            return "gpu" if fits and kv_pages.dtype.itemsize <= 2 else "xla"
+            fits = q.dtype.itemsize == 2 and q.shape[2] % 16 == 0
+            fits &= page_size in (8, 16, 32, 64, 128, 256) and kv_pages.dtype.itemsize <= 2
+            is_fp8 = kv_pages.dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2)
+            return "gpu" if fits and (_has_tma() or not is_fp8) else "xla"
         case _:
             return "xla"
 
@@ -40,5 +43,9 @@ def ragged_paged_attention(
         return tpu.ragged_paged_attention(q, kv_pages, *rows, **options)
     from . import gpu
 
-    has_tma = float(jax.devices()[0].compute_capability) >= 9.0
-    return gpu.ragged_paged_attention(q, kv_pages, *rows, has_tma=has_tma, **options)
+    return gpu.ragged_paged_attention(q, kv_pages, *rows, has_tma=_has_tma(), **options)
+
+
+def _has_tma() -> bool:
+    """Hopper and later."""
+    return float(jax.devices()[0].compute_capability) >= 9.0

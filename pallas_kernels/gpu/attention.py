@@ -48,7 +48,7 @@ def _call(
     if is_narrow:
         scratch.append(_shared((rules.keys, row), rules.dtype, rules.head_dim))
     if rules.has_tma:
-        scratch.append(plgpu.Barrier(num_arrivals=rules.pages, num_barriers=2))
+        scratch.append(plgpu.Barrier(num_arrivals=rules.copies, num_barriers=2))
 
     def body(*refs: Any) -> None:
         has = {"has_sinks": sinks is not None, "has_scales": kv_scales is not None}
@@ -103,12 +103,14 @@ def ragged_paged_attention(
     has_tma: bool = True,
     interpret: Any = False,
 ) -> Any:
-    """As `xla.ragged_paged_attention`, head_dim a multiple of 16 and pages of 8. Queries are
+    """As `xla.ragged_paged_attention`, head_dim a multiple of 16, pages of 8 to 256. Queries are
     bfloat16 or float16: products of float32 there are none. `has_tma` is said of Hopper and later;
     `interpret`, under which any type will do, is plgpu.kernel's."""
     tokens, num_heads, head_dim = q.shape
-    if head_dim % 16 or kv_pages.shape[2] % 8:
+    if head_dim % 16 or kv_pages.shape[2] not in (8, 16, 32, 64, 128, 256):
         raise ValueError(f"heads of {head_dim} in pages of {kv_pages.shape[2]} do not fill a tile")
+    if not has_tma and kv_pages.dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2):
+        raise ValueError("fp8 pages want a Hopper GPU or a later one")
     num_kv_heads, page_size = kv_pages.shape[1:3]
     group = num_heads // num_kv_heads
     own = next(heads for heads in range(min(group, _MOST_HEADS), 0, -1) if group % heads == 0)

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ..items import Items
 
 _FAR = -1e30  # a score below any real one; finite, so that no inf - inf arises
-_KEYS = 64  # of a block, where a page is not larger
+_KEYS = 64  # of a block
 ROWS = 64  # of a product: sixteen for each of the four warps of a block of threads
 
 
@@ -35,12 +35,14 @@ class Rules:
     interpret: Any
 
     @property
-    def pages(self) -> int:
-        return max(1, _KEYS // self.page_size)
+    def keys(self) -> int:
+        """Of a block: shared memory holds two."""
+        return _KEYS
 
     @property
-    def keys(self) -> int:
-        return self.pages * self.page_size
+    def copies(self) -> int:
+        """Of pages, or of the part of a page, that make up a block."""
+        return max(1, self.keys // self.page_size)
 
     def layout(self, kind: str) -> Any:
         """How threads hold an operand: "LHS", "RHS" or "ACC"."""
@@ -140,10 +142,14 @@ class _Kernel:
         barrier counts on every copy."""
         rules, page_size = self.rules, jnp.int32(self.rules.page_size)
         begin, last = lax.div(span[0], page_size), lax.div(span[1] - 1, page_size)
-        for place in range(rules.pages):
-            page = self.table[row, jnp.clip(at * rules.pages + place, begin, last)]
+        size = min(rules.page_size, rules.keys)
+        for place in range(rules.copies):
+            key = at * rules.keys + place * size
+            page = self.table[row, jnp.clip(lax.div(key, page_size), begin, last)]
             source = self.kv_pages.at[page, kv_head]
-            target = self.buffer.at[slot, pl.ds(place * rules.page_size, rules.page_size)]
+            if size < rules.page_size:
+                source = source.at[pl.ds(pl.multiple_of(lax.rem(key, page_size), size), size)]
+            target = self.buffer.at[slot, pl.ds(place * size, size)]
             if rules.has_tma:
                 plgpu.copy_gmem_to_smem(source, target, self.arrived.at[slot])
             else:
@@ -155,7 +161,7 @@ class _Kernel:
             plgpu.barrier_wait(self.arrived.at[slot])
             return
         # Copies are waited for by how many later ones may still be on their way.
-        pl.when(has_next)(lambda: plgpu.wait_gmem_to_smem(self.rules.pages))
+        pl.when(has_next)(lambda: plgpu.wait_gmem_to_smem(self.rules.copies))
         pl.when(jnp.logical_not(has_next))(lambda: plgpu.wait_gmem_to_smem(0))
 
     def begin(self, head: jax.Array, part: jax.Array) -> tuple[jax.Array, jax.Array]:

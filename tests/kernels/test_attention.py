@@ -1,6 +1,7 @@
 """Paged attention against the plain reference and a float64 oracle, with garbage in spare pages."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import cases, reference
+from pallas_kernels import cases, dispatch, reference
 from tests.kernels.rows import build, options, oracle
 
 BFLOAT16 = [case for case in cases.ATTENTION if case.name.startswith(("smollm2", "stories"))]
@@ -102,3 +103,33 @@ def test_what_is_stored_by_scale_comes_back_by_it(dtype):
     far = pallas_kernels.write_kv(empty, keys * 1e6, values, pages, offsets, scales)
     if dtype == jnp.int8:
         assert abs(np.asarray(far, np.int32)).max() == 127
+
+
+# platform, capability, query and page types, tokens of a page -> what attends
+CHOICES = [
+    ("cpu", "", jnp.bfloat16, jnp.bfloat16, 16, "xla"),
+    ("tpu", "", jnp.bfloat16, jnp.bfloat16, 16, "tpu"),
+    ("tpu", "", jnp.bfloat16, jnp.bfloat16, 8, "xla"),
+    ("tpu", "", jnp.float32, jnp.float32, 8, "tpu"),
+    ("tpu", "", jnp.bfloat16, jnp.int8, 16, "xla"),
+    ("tpu", "", jnp.bfloat16, jnp.int8, 32, "tpu"),
+    ("gpu", "9.0", jnp.bfloat16, jnp.bfloat16, 16, "gpu"),
+    ("gpu", "8.0", jnp.bfloat16, jnp.int8, 16, "gpu"),
+    ("gpu", "8.0", jnp.bfloat16, jnp.float8_e4m3fn, 16, "xla"),
+    ("gpu", "10.0", jnp.bfloat16, jnp.float8_e4m3fn, 16, "gpu"),
+    ("gpu", "9.0", jnp.float32, jnp.float32, 16, "xla"),
+    ("gpu", "9.0", jnp.bfloat16, jnp.bfloat16, 24, "xla"),
+]
+
+
+@pytest.mark.parametrize(("platform", "capability", "q", "pages", "page_size", "want"), CHOICES)
+def test_each_platform_attends_by_its_own(
+    monkeypatch, platform, capability, q, pages, page_size, want
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    device = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    queries = jax.ShapeDtypeStruct((4, 2, 64), q)
+    stored = jax.ShapeDtypeStruct((9, 1, page_size, 128), pages)
+    assert dispatch.implementation(queries, stored) == want
+    assert pallas_kernels.lanes() == (128 if platform == "tpu" else 1)
