@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +29,80 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Of one chip, as its maker states them; dense, and per second where not said otherwise."""
+
+    memory_bytes: int  # that programs may have
+    bandwidth: float  # bytes of its memory
+    operations: float  # of a product in bf16
+    int8_operations: float
+    link: float  # bytes that go one way around a ring of such chips
+
+    def divided(self, count: int) -> Rates:
+        """Of each of `count` devices that share a chip; a ring passes through all of them."""
+        return Rates(
+            self.memory_bytes // count,
+            self.bandwidth / count,
+            self.operations / count,
+            self.int8_operations / count,
+            self.link,
+        )
+
+
+_GiB = 2**30
+_TPUS = {
+    "v4": Rates(32 * _GiB, 1.228e12, 275e12, 275e12, 90e9),
+    "v5e": Rates(int(15.75 * _GiB), 819e9, 197e12, 394e12, 90e9),
+    "v5p": Rates(95 * _GiB, 2.765e12, 459e12, 918e12, 180e9),
+    "v6e": Rates(int(31.24 * _GiB), 1.64e12, 918e12, 1836e12, 180e9),
+    "tpu7x": Rates(192 * _GiB, 7.38e12, 2307e12, 2307e12, 200e9),
+}
 _GPUS = {
+    "a100": Rates(80 * _GiB, 2.039e12, 312e12, 624e12, 300e9),
+    "h100": Rates(80 * _GiB, 3.35e12, 989e12, 1979e12, 450e9),
+    "h200": Rates(141 * 10**9, 4.8e12, 989e12, 1979e12, 450e9),
+    "b200": Rates(180 * 10**9, 8.0e12, 2250e12, 4500e12, 900e9),
+}
+_NAMES = {  # as XLA has them
     "a100": "NVIDIA A100-SXM4-80GB",
     "h100": "NVIDIA H100 80GB HBM3",
     "h200": "NVIDIA H200",
     "b200": "NVIDIA B200",
 }
-_TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+
+
+@dataclass(frozen=True, slots=True)
+class Chips:
+    """So many of a kind, joined."""
+
+    kind: str  # "v5e", "h100"
+    platform: str  # "tpu" or "gpu"
+    devices: Sequence[Any]  # jax's, to be compiled for
+    rates: Rates  # of a device
+
+    @property
+    def has_tma(self) -> bool:
+        return self.platform == "gpu" and self.kind != "a100"
+
+
+def chips(name: str) -> Chips:
+    """Raises ConfigError for what there is not, and where the compiler is not installed."""
+    kind, _, shape = name.partition(":")
+    if kind in _TPUS and shape:
+        devices = topology(name).devices
+        sizes = [int(size) for size in shape.split("x")]
+        rates = _TPUS[kind].divided(len(devices) // math.prod(sizes))
+        return Chips(kind, "tpu", devices, rates)
+    devices = topology(name).devices
+    kind = re.match(r"[a-z]+\d+", name)[0]
+    return Chips(kind, "gpu", devices, _GPUS[kind])
 
 
 def topology(chip: str) -> Any:
-    """jax's description of the devices of `chip`. Raises ConfigError for what there is not, and
-    where the compiler is not installed."""
+    """jax's description of the devices of `chip`. Raises ConfigError as `chips` does."""
     from jax.experimental import topologies
 
     kind, _, shape = chip.partition(":")
@@ -59,7 +124,7 @@ def topology(chip: str) -> Any:
         platform="cuda",
         topology_name="",
         topology=f"1x1x{found[2] or 1}",
-        target_config=_target(_GPUS[found[1]]),
+        target_config=_target(_NAMES[found[1]]),
     )
 
 

@@ -200,6 +200,51 @@ def simulate(study: Annotated[Study, Parameter(name="*")] = _STUDY) -> None:
     run_study(study)
 
 
+@app.command
+def plan(
+    model: str,
+    /,
+    *,
+    chip: str,
+    mesh: str = "",
+    context: int | None = None,
+    slots: int | None = None,
+    dtype: Dtype = None,
+    json: Annotated[bool, Parameter(negative=())] = False,
+    config: Config = None,
+    set_: Set = None,
+) -> None:
+    """Say whether MODEL would fit on chips that are not here, and how fast it could be there.
+
+    The step that serves is compiled by the chips' own compiler (the extra `aot`).
+
+    Parameters
+    ----------
+    model
+        A name, a folder, hf:org/name, or a config.json: weights are not needed.
+    chip
+        v4, v5e, v5p, v6e or tpu7x with a topology (v5e:2x2), or a100, h100, h200 or b200 and how
+        many (h100x8).
+    mesh
+        model=4,data=2; without it as many parts as the model's KV heads allow, the rest replicas.
+    context
+        Tokens of prompt and output that one request may have.
+    slots
+        Requests that run together in one step, on each replica.
+    json
+        Print a list with an object for each compiled step.
+    """
+    from fastserve_jax.planning.command import run_plan
+
+    flags = {
+        "model.dtype": dtype,
+        "engine.max_context": context,
+        "engine.max_slots": slots,
+    }
+    run_plan(model, chip, mesh, lambda file: _settings(config or file, set_ or [], **flags),
+             cache_folder(), json)
+
+
 # One or two sequences at a time: fewer programs to compile than a server needs.
 _LOCAL = ("engine.max_slots=4", "engine.step_tokens=128")
 

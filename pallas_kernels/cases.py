@@ -1,4 +1,4 @@
-"""Named attention shapes of real models: tests, benchmarks and compile checks use this one list."""
+"""Named shapes of real models: tests, benchmarks and compile checks use these lists."""
 
 from __future__ import annotations
 
@@ -54,4 +54,74 @@ ATTENTION = (
     AttentionCase("mixtral_few", 32, 8, 128, _FEW, window=4096),
     AttentionCase("qwen3_mixed", 16, 8, 128, _MIXED, page_size=64),
     AttentionCase("one_chunk", 9, 3, 64, ((130, 130),)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PagesCase:
+    """Pages of all layers that are copied at once, as KVLayout has them."""
+
+    name: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int = 16
+    dtype: str = "bfloat16"
+    num_pages: int = 40
+    size: int = 16  # pages at once
+
+    def layout(self, lanes: int = 1) -> KVLayout:
+        return KVLayout(self.num_pages, self.num_kv_heads, self.page_size, self.head_dim, lanes)
+
+
+PAGES = (
+    PagesCase("smollm2", 30, 3, 64),
+    PagesCase("gemma3", 18, 1, 256),
+    PagesCase("llama3_8b", 32, 8, 128, page_size=64),
+    PagesCase("llama3_8b_int8", 32, 8, 128, page_size=32, dtype="int8"),
+    PagesCase("llama3_70b_shard", 80, 1, 128, page_size=64, size=4),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MatmulCase:
+    """x [rows, inputs] times weight [outputs, inputs] of `dtype`, with so many scales an output."""
+
+    name: str
+    rows: int
+    outputs: int
+    inputs: int
+    dtype: str = "int8"
+    groups: int = 1
+    is_integer: bool = False  # activations in int8 too
+
+
+MATMUL = (
+    MatmulCase("llama3_8b_qkv", 32, 6144, 4096, is_integer=True),
+    MatmulCase("llama3_8b_prompt", 300, 1024, 4096, is_integer=True),
+    MatmulCase("llama3_8b_down", 8, 4096, 14336, is_integer=True),
+    MatmulCase("llama3_70b_shard", 64, 1280, 8192),
+    MatmulCase("qwen3_gate_up_int4", 32, 6144, 1024, "int4", groups=8),
+    MatmulCase("llama3_8b_out_int4", 5, 4096, 4096, "int4", groups=32),
+    MatmulCase("llama3_8b_out_fp8", 32, 4096, 4096, "float8_e4m3fn"),
+    MatmulCase("gemma3_head", 32, 8192, 640, is_integer=True),
+    MatmulCase("int8_by_stretches", 32, 2048, 2048, groups=16, is_integer=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MoeCase:
+    """Rows of each expert, behind each other; `spare` of nobody after them."""
+
+    name: str
+    experts: int
+    outputs: int
+    inputs: int
+    group_sizes: tuple[int, ...]
+    spare: int = 0
+
+
+MOE = (
+    MoeCase("mixtral", 8, 1792, 4096, (10, 0, 3, 25, 1, 0, 17, 8)),
+    MoeCase("qwen3_moe", 16, 768, 2048, (5, 0, 0, 130, 7, 1, 1, 0, 40, 0, 2, 0, 0, 60, 4, 0), 6),
 )

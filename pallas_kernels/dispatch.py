@@ -1,4 +1,4 @@
-"""Which implementation attends on which platform, and how rows must lie for it."""
+"""Which implementation attends on which platform."""
 
 from __future__ import annotations
 
@@ -8,24 +8,20 @@ import jax
 import jax.numpy as jnp
 
 from . import xla
-
-
-def lanes() -> int:
-    """To a multiple of how many elements a row of a page is filled up here; see KVLayout."""
-    return 128 if jax.default_backend() == "tpu" else 1
+from .target import target
 
 
 def implementation(q: jax.Array, kv_pages: jax.Array) -> str:
     """ "tpu" or "gpu" where that platform's kernel takes such arrays, otherwise "xla"."""
     page_size = kv_pages.shape[2]
-    match jax.default_backend():
+    match target().platform:
         case "tpu":
             return "xla" if page_size % (32 // kv_pages.dtype.itemsize) else "tpu"
         case "gpu":
             fits = q.dtype.itemsize == 2 and q.shape[2] % 16 == 0
             fits &= page_size in (8, 16, 32, 64, 128, 256) and kv_pages.dtype.itemsize <= 2
             is_fp8 = kv_pages.dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2)
-            return "gpu" if fits and (_has_tma() or not is_fp8) else "xla"
+            return "gpu" if fits and (target().has_tma or not is_fp8) else "xla"
         case _:
             return "xla"
 
@@ -43,9 +39,4 @@ def ragged_paged_attention(
         return tpu.ragged_paged_attention(q, kv_pages, *rows, **options)
     from . import gpu
 
-    return gpu.ragged_paged_attention(q, kv_pages, *rows, has_tma=_has_tma(), **options)
-
-
-def _has_tma() -> bool:
-    """Hopper and later."""
-    return float(jax.devices()[0].compute_capability) >= 9.0
+    return gpu.ragged_paged_attention(q, kv_pages, *rows, has_tma=target().has_tma, **options)

@@ -51,3 +51,40 @@ def ragged_paged_attention(
         out = out.at[first:end].set(jnp.einsum("hts,hsd->thd", weights, values))
         lse = lse.at[first:end].set(jax.nn.logsumexp(scores, axis=-1).T)
     return (out.astype(q.dtype), lse) if with_lse else out.astype(q.dtype)
+
+
+def gather_pages(kv_pages: list[jax.Array], sources: jax.Array) -> jax.Array:
+    """Same contract as `page_copy.gather_pages`."""
+    return jnp.stack(
+        [jnp.stack([pages[page] for pages in kv_pages]) for page in np.asarray(sources)]
+    )
+
+
+def scatter_pages(
+    kv_pages: list[jax.Array], staged: jax.Array, targets: jax.Array, real: int
+) -> list[jax.Array]:
+    """Same contract as `page_copy.scatter_pages`."""
+    written = list(kv_pages)
+    for i in range(real):
+        for layer, pages in enumerate(written):
+            written[layer] = pages.at[int(targets[i])].set(staged[i, layer])
+    return written
+
+
+def quant_matmul(
+    x: jax.Array, weight: jax.Array, scales: jax.Array, x_scale: jax.Array | None = None
+) -> jax.Array:
+    """Same contract as `quant_matmul.quant_matmul`: the weights as they were, times x as it was."""
+    wide = weight.astype(jnp.float32) * jnp.repeat(scales, weight.shape[1] // len(scales), axis=0).T
+    was = x.astype(jnp.float32) * (1 if x_scale is None else x_scale)
+    return jnp.einsum("ri,oi->ro", was, wide, precision="highest")
+
+
+def moe_grouped_matmul(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Same contract as `moe.moe_grouped_matmul`; rows behind the last give zeros."""
+    made, first = jnp.zeros((len(x), weight.shape[1]), jnp.float32), 0
+    for expert, size in enumerate(np.asarray(group_sizes)):
+        own = x[first : first + size].astype(jnp.float32)
+        made = made.at[first : first + size].set(own @ weight[expert].astype(jnp.float32).T)
+        first += int(size)
+    return made

@@ -25,6 +25,7 @@ FLOORS = {
     "client": 4,
     "server": 5,
     "draft_model": 5,
+    "planning": 7,
     "config": 6,
     "terminal": 6,
     "assemble": 6,
@@ -71,6 +72,8 @@ def test_imports_point_down(path):
     if PACKAGE not in path.parents:
         known = {"__future__", "collections", "dataclasses", "functools", "jax", "math", "numpy"}
         known |= {"typing"}
+        if path.name == "target.py":  # what is traced meanwhile
+            known |= {"contextlib", "contextvars"}
         if path.name == "library.py":  # where the compiled kernels are found
             known |= {"ctypes", "importlib", "pathlib"}
         for node in ast.walk(ast.parse(path.read_text())):

@@ -7,7 +7,7 @@ a caller who donates it has it updated in place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +32,7 @@ from .layers import (
     rotate,
     rotation,
 )
+from .parts import HEADS, INNER, WHOLE, Axes, Parts
 from .precision import Precision
 
 type Array = jax.Array | np.ndarray
@@ -72,13 +73,16 @@ def place(batch: Batch, tokens: int, layout: KVLayout) -> Place:
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: ModelConfig, window: int, precision: Precision, name: str) -> None:
+    def __init__(
+        self, config: ModelConfig, window: int, precision: Precision, name: str, parts: Parts
+    ) -> None:
         heads, dim = config.num_heads + 2 * config.num_kv_heads, config.head_dim
         size, dtype = config.hidden_size, precision.dtype
         qkv, out = (precision.of(f"{name}.{part}") for part in ("qkv", "out"))
-        self.qkv = Linear(heads * dim, size, qkv, dtype if config.qkv_bias else None)
+        bias = dtype if config.qkv_bias else None
+        self.qkv = Linear(heads * dim, size, qkv, bias, (HEADS, None), parts)
         bias = dtype if config.linear_bias else None
-        self.out = Linear(size, config.num_heads * dim, out, bias)
+        self.out = Linear(size, config.num_heads * dim, out, bias, (None, HEADS), parts)
         if config.qk_norm:
             self.q_norm = RMSNorm(dim, config.norm_eps, dtype)
             self.k_norm = RMSNorm(dim, config.norm_eps, dtype)
@@ -130,14 +134,19 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: ModelConfig, precision: Precision, name: str) -> None:
+    def __init__(
+        self, config: ModelConfig, precision: Precision, name: str, parts: Parts
+    ) -> None:
         inner, size = config.intermediate_size, config.hidden_size
         bias = precision.dtype if config.linear_bias else None
         if config.gated_mlp:
-            self.gate_up = Linear(2 * inner, size, precision.of(f"{name}.gate_up"), bias)
+            dtype = precision.of(f"{name}.gate_up")
+            self.gate_up = Linear(2 * inner, size, dtype, bias, (INNER, None), parts)
         else:
-            self.up = Linear(inner, size, precision.of(f"{name}.up"), bias)
-        self.down = Linear(size, inner, precision.of(f"{name}.down"), bias)
+            dtype = precision.of(f"{name}.up")
+            self.up = Linear(inner, size, dtype, bias, (INNER, None), parts)
+        dtype = precision.of(f"{name}.down")
+        self.down = Linear(size, inner, dtype, bias, (None, INNER), parts)
         self.activation, self.gated = config.activation, config.gated_mlp
 
     def __call__(
@@ -152,12 +161,14 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: ModelConfig, window: int, precision: Precision, name: str) -> None:
+    def __init__(
+        self, config: ModelConfig, window: int, precision: Precision, name: str, parts: Parts
+    ) -> None:
         norm = LayerNorm if config.layer_norm else RMSNorm
         size, eps, dtype = config.hidden_size, config.norm_eps, precision.dtype
         self.attn_norm, self.mlp_norm = norm(size, eps, dtype), norm(size, eps, dtype)
-        self.attn = Attention(config, window, precision, f"{name}.attn")
-        self.mlp = MLP(config, precision, f"{name}.mlp")
+        self.attn = Attention(config, window, precision, f"{name}.attn", parts)
+        self.mlp = MLP(config, precision, f"{name}.mlp", parts)
         self.sandwich = config.sandwich_norms
         if self.sandwich:
             self.post_attn_norm, self.post_mlp_norm = (
@@ -174,23 +185,29 @@ class Layer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Tokens and pages in, hidden states and pages out; the head is apart, for chosen rows."""
+    """Tokens and pages in, hidden states and pages out; the head is apart, for chosen rows.
 
-    def __init__(self, config: ModelConfig, precision: Precision) -> None:
+    One of `parts`, where there are several: of `config`'s heads, columns and vocabulary its own.
+    """
+
+    def __init__(self, config: ModelConfig, precision: Precision, parts: Parts = WHOLE) -> None:
         size, dtype = config.hidden_size, precision.dtype
-        self.embed = Embedding(config.vocab_size, size, precision.of("embed"))
+        own = parts.of(config)
+        # A vocabulary that does not divide is whole on each.
+        by_vocab = parts if own.vocab_size < config.vocab_size else WHOLE
+        self.embed = Embedding(own.vocab_size, size, precision.of("embed"), by_vocab)
         if config.learned_positions:
             self.positions = Embedding(config.max_context, size, dtype)
         self.layers = nnx.List(
             [
-                Layer(config, config.window(i), precision, f"layers.{i}")
+                Layer(own, config.window(i), precision, f"layers.{i}", parts)
                 for i in range(config.num_layers)
             ]
         )
         norm = LayerNorm if config.layer_norm else RMSNorm
         self.final_norm = norm(size, config.norm_eps, dtype)
         if not config.tied_head:
-            self.head = Embedding(config.vocab_size, size, precision.of("head"))
+            self.head = Embedding(own.vocab_size, size, precision.of("head"), by_vocab)
         self.config, self.dtype = config, dtype
 
     def __call__(
@@ -237,10 +254,25 @@ def _run(
 _run_layer = jax.jit(_run, static_argnums=0)
 
 
-def abstract(config: ModelConfig, precision: Precision) -> tuple[nnx.GraphDef[Decoder], State]:
-    """The decoder's graph and its parameters as ShapeDtypeStructs; nothing is allocated."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, precision)))
+def abstract(
+    config: ModelConfig, precision: Precision, parts: Parts = WHOLE
+) -> tuple[nnx.GraphDef[Decoder], State]:
+    """The decoder's graph and its parameters as ShapeDtypeStructs; nothing is allocated. Of `parts`
+    each has such ones."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, precision, parts)))
     return graph, state
+
+
+def axes_of(variable: nnx.Variable[Any]) -> Axes:
+    """By which axes a parameter is divided; see parts.py."""
+    axes: Axes = variable.get_metadata("axes", ())
+    return axes
+
+
+def all_axes(state: State) -> list[Axes]:
+    """In the order of the state's leaves."""
+    variables = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return [axes_of(variable) for variable in variables]
 
 
 def parameters(state: State) -> dict[str, jax.ShapeDtypeStruct]:
@@ -260,8 +292,12 @@ def fill(state: State, arrays: Mapping[str, jax.Array]) -> State:
     return nnx.from_flat_state(flat)
 
 
-def head_of(config: ModelConfig, state: State) -> Matrix:
+def head_of(
+    config: ModelConfig,
+    state: State,
+    read: Callable[[nnx.Variable[Any]], Any] = nnx.Variable.get_value,
+) -> Matrix:
     """[vocab_size, hidden_size]; `layers.project` of hidden states with it gives logits."""
     embedding: Any = state["embed" if config.tied_head else "head"]
-    scale = embedding["scale"].get_value() if "scale" in embedding else None
-    return Matrix(embedding["weight"].get_value(), scale)
+    scale = read(embedding["scale"]) if "scale" in embedding else None
+    return Matrix(read(embedding["weight"]), scale)

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from pallas_kernels import cpu
+from pallas_kernels import cpu, quant_matmul
 
 from .config import RopeScaling
+from .parts import VOCAB, WHOLE, Axes, Parts
 from .spread import spreading
 
 
@@ -31,13 +32,22 @@ class Matrix(NamedTuple):
 
 
 class Linear(nnx.Module):
-    """y = x W^T + b, [..., in] -> [..., out] float32."""
+    """y = x W^T + b, [..., in] -> [..., out] float32. `axes` are those of W that are divided: by
+    `out` each device has some of y, by `in` y is the sum over all of them."""
 
     def __init__(
-        self, out: int, size: int, dtype: DTypeLike, bias: DTypeLike | None = None
+        self,
+        out: int,
+        size: int,
+        dtype: DTypeLike,
+        bias: DTypeLike | None = None,
+        axes: Axes = (None, None),
+        parts: Parts = WHOLE,
     ) -> None:
-        self.weight, self.scale = _matrix(out, size, dtype)
-        self.bias = None if bias is None else nnx.Param(jnp.zeros((out,), bias))
+        self.weight, self.scale = _matrix(out, size, dtype, parts.axes(*axes))
+        bias_axes = parts.axes(axes[0])
+        self.bias = None if bias is None else nnx.Param(jnp.zeros((out,), bias), axes=bias_axes)
+        self.parts = parts if axes[1] is not None else WHOLE  # to be summed
 
     def __call__(
         self,
@@ -53,14 +63,14 @@ class Linear(nnx.Module):
         `gate`; then the map, then `add_norm`, and `add` [rows, out] is added."""
         weight, scale = matrix = _held(self.weight, self.scale)
         other = self.bias is not None or any(isinstance(n, LayerNorm) for n in (norm, add_norm))
-        if scale is not None and cpu.runs() and not other:
+        if scale is not None and cpu.runs() and not other and self.parts.count == 1:
             norms = {"norm": for_kernel(norm), "add_norm": for_kernel(add_norm)}
             return cpu.int8_matmul(x, weight, scale, live, gate=gate, add=add, **norms)
         x = x if norm is None else norm(x)
         if gate is not None:
             left, right = jnp.split(x, 2, axis=-1)
             x = activate(gate, left) * right
-        y = project(x, matrix, live)
+        y = self.parts.sum(project(x, matrix, live))
         y = y if self.bias is None else y + self.bias[...].astype(jnp.float32)
         y = y if add_norm is None else add_norm(y)
         return y if add is None else add + y
@@ -77,8 +87,7 @@ def project(x: jax.Array, matrix: Matrix, live: jax.Array | int) -> jax.Array:
     if cpu.runs():
         return cpu.int8_matmul(x, weight, scale, jnp.int32(live))
     rows, row_scale = quantise(spread(x))
-    sums = jax.lax.dot_general(rows, weight, axes, preferred_element_type=jnp.int32)
-    return sums.astype(jnp.float32) * row_scale * scale
+    return quant_matmul(rows, weight, scale[None], row_scale)
 
 
 def best_output(
@@ -115,10 +124,12 @@ def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _matrix(
-    out: int, size: int, dtype: DTypeLike
+    out: int, size: int, dtype: DTypeLike, axes: Axes
 ) -> tuple[nnx.Param[jax.Array], nnx.Param[jax.Array] | None]:
-    scale = nnx.Param(jnp.ones((out,), jnp.float32)) if dtype == jnp.int8 else None
-    return nnx.Param(jnp.zeros((out, size), dtype)), scale
+    scale = None
+    if dtype == jnp.int8:
+        scale = nnx.Param(jnp.ones((out,), jnp.float32), axes=axes[:1])
+    return nnx.Param(jnp.zeros((out, size), dtype), axes=axes), scale
 
 
 def _held(weight: nnx.Param[jax.Array], scale: nnx.Param[jax.Array] | None) -> Matrix:
@@ -157,12 +168,25 @@ def for_kernel(norm: Norm | None) -> cpu.Norm | None:
 
 
 class Embedding(nnx.Module):
-    def __init__(self, count: int, size: int, dtype: DTypeLike) -> None:
-        self.weight, self.scale = _matrix(count, size, dtype)
+    """Rows by their index. Where `parts` are many, each device has `count` of them."""
+
+    def __init__(self, count: int, size: int, dtype: DTypeLike, parts: Parts = WHOLE) -> None:
+        self.weight, self.scale = _matrix(count, size, dtype, parts.axes(VOCAB, None))
+        self.parts = parts
 
     def __call__(self, index: jax.Array) -> jax.Array:
+        return self._own(index) if self.parts.count == 1 else self._of_all(index)
+
+    def _own(self, index: jax.Array) -> jax.Array:
         rows = self.weight[...][index].astype(jnp.float32)
         return rows if self.scale is None else spread(rows * self.scale[...][index][:, None])
+
+    def _of_all(self, index: jax.Array) -> jax.Array:
+        count = self.weight.shape[0]
+        index = index - self.parts.own() * count
+        is_own = (index >= 0) & (index < count)
+        rows = self._own(jnp.clip(index, 0, count - 1))
+        return self.parts.sum(jnp.where(is_own[..., None], rows, 0))
 
 
 def activate(kind: str, x: jax.Array) -> jax.Array:

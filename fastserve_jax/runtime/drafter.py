@@ -27,7 +27,7 @@ from fastserve_jax.core.types import Ask, AskRow
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import Batch, Decoder, State, head_of, place
 from fastserve_jax.models.layers import best_output, project
-from pallas_kernels import KVLayout, lanes
+from pallas_kernels import KVLayout, target
 
 from . import pick
 from .shapes import Program, abstract, ints, like
@@ -59,7 +59,7 @@ class DraftShape:
 
     def layout(self, config: ModelConfig) -> KVLayout:
         pages = self.rows * self.pages_per_row
-        return KVLayout(pages, config.num_kv_heads, self.page_size, config.head_dim, lanes())
+        return KVLayout(pages, config.num_kv_heads, self.page_size, config.head_dim, target().lanes)
 
     def kv_bytes(self, config: ModelConfig, dtype: DTypeLike) -> int:
         layout = self.layout(config)

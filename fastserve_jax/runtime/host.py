@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from jax.typing import DTypeLike
 
 from fastserve_jax.core.types import Copies
+from pallas_kernels import gather_pages, scatter_pages
 
 from .shapes import Program, ints, like
 
@@ -79,8 +80,7 @@ class Swaps:
     ) -> tuple[jax.Array, jax.Array]:
         """-> host pages (donated through), a number that is there when the copies are."""
         size, sources = moves.sources.shape[0], jnp.asarray(moves.sources)
-        layers = [pages.at[sources].get(mode="clip").reshape(size, -1) for pages in kv_pages]
-        staged = jnp.stack(layers, 1).reshape(size, *host_pages.shape[1:])
+        staged = gather_pages(kv_pages, sources).reshape(size, *host_pages.shape[1:])
 
         def store(i: jax.Array, host_pages: jax.Array) -> jax.Array:
             page = jax.device_put(_rows(staged, i), jax.memory.Space.Host)
@@ -120,12 +120,9 @@ class Swaps:
         # A TPU's memory is tiled: the view would be a copy of the whole cache.
         size, targets = moves.sources.shape[0], jnp.asarray(moves.targets)
         empty = jnp.zeros((size, rows, lanes), host_pages.dtype)
-        staged = self._each(moves, stage, empty).reshape(size, len(kv_pages), -1)
-        written = [
-            pages.at[targets].set(staged[:, layer].reshape(size, *pages.shape[1:]))
-            for layer, pages in enumerate(kv_pages)
-        ]
-        return written, _after(moves)
+        staged = self._each(moves, stage, empty)
+        staged = staged.reshape(size, len(kv_pages), *kv_pages[0].shape[1:])
+        return scatter_pages(kv_pages, staged, targets, jnp.asarray(moves.real)), _after(moves)
 
     def _each[T](self, moves: Moves, copy: Callable[[jax.Array, T], T], start: T) -> T:
         """Only a CPU stops at `real`: a GPU's dispatch would wait to learn how far to go."""

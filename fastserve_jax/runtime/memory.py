@@ -15,11 +15,11 @@ from jax.typing import DTypeLike
 
 from fastserve_jax.errors import DoesNotFit
 from fastserve_jax.models.config import ModelConfig
-from pallas_kernels import KVLayout, lanes
+from pallas_kernels import KVLayout, target
 
 CPU_FRACTION = 0.05  # of all memory, for pages: a laptop has other uses for the rest
 CPU_GRAIN = 1  # its pool is a power of two, so that a start finds the programs of the one before
-DEVICE_FRACTION = 0.9  # of an accelerator's, where what is free at start hardly varies
+DEVICE_FRACTION = 0.92  # of an accelerator's: the rest is XLA's, and what has gone to pieces
 DEVICE_GRAIN = 16  # steps between two powers of two
 HOST_FRACTION = 0.25  # of an accelerator's host's: pinned, so the kernel cannot make room
 MOST_HOST_BYTES = 48 << 30  # XLA pins 64 GiB for a GPU at the most, unless told otherwise
@@ -61,13 +61,13 @@ class MemoryPlan:
         return self.page_bytes * self.host_pages
 
     def __str__(self) -> str:
-        host = f"{_size(self.host_bytes)} more in host memory ({self.host_pages} pages), "
-        draft = f"draft model {_size(self.draft_bytes)}, " if self.draft_bytes else ""
+        host = f"{size_of(self.host_bytes)} more in host memory ({self.host_pages} pages), "
+        draft = f"draft model {size_of(self.draft_bytes)}, " if self.draft_bytes else ""
         return (
-            f"weights {_size(self.weight_bytes)}, {draft}KV {_size(self.kv_bytes)} "
+            f"weights {size_of(self.weight_bytes)}, {draft}KV {size_of(self.kv_bytes)} "
             f"({self.num_pages} pages of {self.page_size} tokens, "
             f"{self.num_pages * self.page_size:,} in all), {host if self.host_pages else ''}"
-            f"step {_size(self.work_bytes)}; {_size(self.free_bytes)} free"
+            f"step {size_of(self.work_bytes)}; {size_of(self.free_bytes)} free"
         )
 
 
@@ -89,7 +89,7 @@ def plan_memory(
 
     Raises DoesNotFit, saying what would.
     """
-    layout = KVLayout(1, config.num_kv_heads, page_size, config.head_dim, lanes())
+    layout = KVLayout(1, config.num_kv_heads, page_size, config.head_dim, target().lanes)
     page_bytes = layout.page_bytes(dtype) * config.num_layers
     widest = 2 * config.intermediate_size + config.hidden_size * 4
     work_bytes = 4 * (3 * max_slots * config.vocab_size + 2 * step_tokens * widest)
@@ -110,7 +110,7 @@ def plan_memory(
         need = weight_bytes + work_bytes + draft_bytes + page_bytes * -(-64 // page_size)
         smaller = "no draft model, a smaller" if draft_bytes else "a smaller"
         raise DoesNotFit(
-            f"the model does not fit: {plan}. It needs {_size(need)} at the least: take {smaller} "
+            f"the model does not fit: {plan}. It needs {size_of(need)} at the least: take {smaller} "
             "model, a narrower --dtype, or fewer slots (--set engine.max_slots=N)"
         )
     raise DoesNotFit(
@@ -144,12 +144,16 @@ def _round_down(count: int, grain: int) -> int:
     return count // step * step
 
 
+def accelerator_memory(free_bytes: int) -> FreeMemory:
+    """What may be taken of so much; the rest of it all goes to pages."""
+    return FreeMemory(int(free_bytes * DEVICE_FRACTION), 1.0, DEVICE_GRAIN)
+
+
 def free_memory(device: jax.Device) -> FreeMemory:
     """What this process may still take on `device`."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats:
-        free = stats["bytes_limit"] - stats["bytes_in_use"]
-        return FreeMemory(free, DEVICE_FRACTION, DEVICE_GRAIN)
+        return accelerator_memory(stats["bytes_limit"] - stats["bytes_in_use"])
     whole_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     whole_bytes = min(whole_bytes, _group_bytes()[0])
     return FreeMemory(_free_host_bytes(), CPU_FRACTION, CPU_GRAIN, whole_bytes=whole_bytes)
@@ -192,7 +196,8 @@ def _group_bytes() -> tuple[int, int]:
     return (int(limit) if limit.isdigit() else 2**62), used
 
 
-def _size(count: int) -> str:
+def size_of(count: int) -> str:
+    """For people, in the largest unit that leaves it a number above one."""
     value = float(count)
     for unit in ("B", "KiB", "MiB"):
         if abs(value) < 1024:

@@ -20,6 +20,7 @@ class Program:
     function: Callable[..., Any]
     args: tuple[Any, ...]
     donated: tuple[int, ...] = ()  # the arguments that become results in place
+    specs: tuple[Any, Any] | None = None  # of arguments and results on a mesh; see mesh.py
     placed: Any = None  # shardings of the results, where the memory of one is not the device's
 
     def lower(self) -> jax.stages.Lowered:

@@ -29,12 +29,22 @@ from jax.typing import DTypeLike
 
 from fastserve_jax.core.types import MAX_TOP_LOGPROBS
 from fastserve_jax.models.config import ModelConfig
-from fastserve_jax.models.decoder import Batch, Decoder, State, head_of, place
+from fastserve_jax.models.decoder import (
+    Batch,
+    Decoder,
+    State,
+    all_axes,
+    axes_of,
+    head_of,
+    place,
+)
 from fastserve_jax.models.layers import Matrix, best_output, drawn_output, project
-from pallas_kernels import KVLayout, lanes
+from fastserve_jax.models.parts import WHOLE, Parts
+from pallas_kernels import KVLayout, target
 
 from . import sampling
 from .host import HostLayout, swap_programs
+from .mesh import PAGES, REPLICAS, spec_of
 from .sampling import Drawn, SlotState
 from .shapes import Program, abstract, ints, like
 
@@ -68,7 +78,7 @@ class StepShape:
 
     def layout(self, config: ModelConfig) -> KVLayout:
         pages, heads = self.num_pages, config.num_kv_heads
-        return KVLayout(pages, heads, self.page_size, config.head_dim, lanes())
+        return KVLayout(pages, heads, self.page_size, config.head_dim, target().lanes)
 
     def host_layout(self, config: ModelConfig) -> HostLayout:
         page_elements = math.prod(self.layout(config).shape[1:])
@@ -118,11 +128,17 @@ for _kind in (SlotState, Drawn, Scores):  # what comes out of programs that are 
 
 @dataclass(frozen=True)
 class Steps:
-    """The functions of one model, to be compiled; pure but for what is donated."""
+    """The functions of one model, to be compiled; pure but for what is donated. Those of a part, if
+    there are several: for its share of the heads, and with all slots."""
 
     graph: nnx.GraphDef[Decoder]
-    config: ModelConfig
+    config: ModelConfig  # of the whole
     shape: StepShape
+    parts: Parts = WHOLE
+
+    @property
+    def own(self) -> ModelConfig:
+        return self.parts.of(self.config)
 
     def forward(
         self,
@@ -133,7 +149,7 @@ class Steps:
         tokens: int,
     ) -> tuple[list[jax.Array], jax.Array]:
         """-> pages (donated through), hidden [largest bucket, hidden_size] whatever the bucket."""
-        at = place(batch, tokens, self.shape.layout(self.config))
+        at = place(batch, tokens, self.shape.layout(self.own))
         given = history[jnp.asarray(batch.slots)[at.rows], at.positions]
         hidden, kv_pages = nnx.merge(self.graph, params)(given, kv_pages, batch, at)
         spare = self.shape.token_buckets[-1] - tokens
@@ -145,11 +161,12 @@ class Steps:
         slots, positions = jnp.asarray(rows.slots), jnp.asarray(rows.positions)
         chosen = hidden[rows.hidden]
         live = jnp.sum(slots < state.seed.shape[0], dtype=jnp.int32)  # they stand first
+        vocab, is_whole = self.config.vocab_size, self.parts.count == 1
         drawn = sampling.draw_from(
-            lambda: project(chosen, head, live),
-            lambda: best_output(chosen, head, live),
-            drawn_output(chosen, head, live),
-            self.config.vocab_size,
+            lambda: self.parts.joined(project(chosen, head, live), vocab),
+            lambda: best_output(chosen, head, live) if is_whole else None,
+            drawn_output(chosen, head, live) if is_whole else None,
+            vocab,
             state,
             slots,
             positions,
@@ -169,7 +186,8 @@ class Steps:
             at = [lax.dynamic_slice_in_dim(x, i * SCORE_ROWS, SCORE_ROWS) for x in (index, slots)]
             where = lax.dynamic_slice_in_dim(positions, i * SCORE_ROWS, SCORE_ROWS)
             given = history.at[at[1], where].get(mode="clip")
-            new = sampling.score(project(hidden[at[0]], head, SCORE_ROWS), given)
+            logits = project(hidden[at[0]], head, SCORE_ROWS)
+            new = sampling.score(self.parts.joined(logits, self.config.vocab_size), given)
             update = lax.dynamic_update_slice_in_dim
             return Scores(
                 *(update(a, b, i * SCORE_ROWS, 0) for a, b in zip(scores, new, strict=True))
@@ -197,7 +215,8 @@ def programs(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[Program]
     state = jax.eval_shape(
         lambda: sampling.empty_state(shape.max_slots, shape.max_context, config.vocab_size)
     )
-    kv_pages = [like(shape.layout(config).shape, dtype) for _ in range(config.num_layers)]
+    layout = shape.layout(steps.own)
+    kv_pages = [like(layout.shape, dtype) for _ in range(config.num_layers)]
     hidden = like((shape.token_buckets[-1], config.hidden_size), dtype)
     head = jax.tree.map(abstract, head_of(config, params))
     slots = shape.max_slots
@@ -205,6 +224,8 @@ def programs(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[Program]
     batch = Batch(ints(slots), ints(slots), table, ints(slots + 1), ints(2))
     # By their leaves alone: to flatten a state of hundreds of variables costs each step 0.25 ms.
     leaves, tree = jax.tree.flatten(jax.tree.map(abstract, params))
+    divided = [spec_of(axes) for axes in all_axes(params)]
+    head_divided = head_of(config, params, lambda variable: spec_of(axes_of(variable)))
 
     def forward_by_leaves(
         leaves: list[jax.Array],
@@ -218,12 +239,14 @@ def programs(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[Program]
     for tokens in reversed(shape.token_buckets):
         forward = partial(forward_by_leaves, tokens=tokens)
         given = (leaves, kv_pages, state.history, batch)
-        yield Program(f"forward[{tokens}]", forward, given, donated=(1,))
+        specs = (divided, PAGES, REPLICAS, REPLICAS), (PAGES, REPLICAS)
+        yield Program(f"forward[{tokens}]", forward, given, donated=(1,), specs=specs)
 
     for count in shape.row_buckets:
         rows = Rows(ints(count), ints(count), ints(count))
         drawn_from = (head, state, hidden, rows)
-        yield Program(f"sample[{count}]", steps.sample, drawn_from, donated=(1,))
+        specs = (head_divided, REPLICAS, REPLICAS, REPLICAS), (REPLICAS, REPLICAS)
+        yield Program(f"sample[{count}]", steps.sample, drawn_from, donated=(1,), specs=specs)
 
     rows = Rows(*[ints(shape.step_tokens)] * 3)
     yield Program("score", steps.score, (head, state.history, hidden, rows, ints()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastserve_jax.errors import ModelFileError, PullFailed
@@ -23,7 +24,7 @@ _FILES = (
 )
 
 
-def fetch_snapshot(name: str) -> Path:
+def fetch_snapshot(name: str, files: Sequence[str] = _FILES) -> Path:
     """Downloads what is new of `org/name` into the hub's own cache and returns the folder.
 
     Raises ModelFileError without the extra, PullFailed when the hub does not give the model.
@@ -38,7 +39,7 @@ def fetch_snapshot(name: str) -> Path:
     if name.count("/") != 1:
         raise ModelFileError(f"hf:{name}: expected hf:org/name")
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except HFValidationError as error:
         raise ModelFileError(f"hf:{name}: not a name of the hub: {error}") from error
     except Exception as error:  # the hub's client raises many unrelated kinds

@@ -61,9 +61,9 @@ class _Settings:
         return ModelFileError(f"{self.path}: {key} is {repr(value)[:40]}")
 
 
-def read_folder_config(folder: Path) -> tuple[ModelConfig, Names]:
-    """Raises ModelFileError for an unknown architecture or a setting missing or unsupported."""
-    path = folder / "config.json"
+def read_config_file(path: Path) -> tuple[ModelConfig, Names]:
+    """Of a folder's config.json. Raises ModelFileError for an unknown architecture or a setting
+    missing or unsupported."""
     settings = _Settings(path, read_json(path))
     listed = settings.values.get("architectures")
     arch = listed[0] if isinstance(listed, list) and listed else None

@@ -24,7 +24,7 @@ from fastserve_jax.weights.gguf import GgufFile
 from fastserve_jax.weights.gguf_config import read_config
 from fastserve_jax.weights.hub import fetch_snapshot
 from fastserve_jax.weights.huggingface import Folder
-from fastserve_jax.weights.huggingface_config import read_folder_config, read_sampling
+from fastserve_jax.weights.huggingface_config import read_config_file, read_sampling
 from fastserve_jax.weights.names import Names
 from fastserve_jax.weights.pull import Progress, fetch, silent
 
@@ -174,6 +174,24 @@ def open_model(reference: str, cache_dir: Path, progress: Progress = silent) -> 
     )
 
 
+def open_config(
+    reference: str, cache_dir: Path, progress: Progress = silent
+) -> tuple[str, ModelConfig]:
+    """Name and shape of a model named as for `open_model`, or of a config.json by itself. Of a
+    folder and of the hub nothing else is read."""
+    path = Path(reference).expanduser()
+    if reference.startswith("hf:"):
+        name = reference.removeprefix("hf:")
+        return name, read_config_file(fetch_snapshot(name, ("config.json",)) / "config.json")[0]
+    if path.is_dir():
+        return path.resolve().name, read_config_file(path / "config.json")[0]
+    if path.suffix == ".json" and path.is_file():
+        name = path.resolve().parent.name if path.name == "config.json" else path.stem
+        return name, read_config_file(path)[0]
+    files = open_model(reference, cache_dir, progress)
+    return files.name, files.config
+
+
 def open_gguf(path: Path, name: str) -> ModelFiles:
     """Opens a GGUF file. Raises ModelFileError."""
     file = GgufFile(path)
@@ -196,7 +214,7 @@ def open_gguf(path: Path, name: str) -> ModelFiles:
 
 def open_folder(path: Path, name: str) -> ModelFiles:
     """Opens a Hugging Face folder. Raises ModelFileError."""
-    config, names = read_folder_config(path)
+    config, names = read_config_file(path / "config.json")
     return ModelFiles(
         name=name,
         path=path,

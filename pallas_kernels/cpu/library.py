@@ -9,17 +9,23 @@ from pathlib import Path
 
 import jax
 
+from ..target import target
+
 FUNCTIONS = (
     *("fastserve_int8_matmul", "fastserve_int8_best", "fastserve_int8_draw"),
     *("fastserve_attention", "fastserve_draw"),
 )
 
 
-@cache
 def runs() -> bool:
     """Whether programs traced now may call the kernels. True for one CPU device that has them."""
+    return target().platform == "cpu" and _runs_here()
+
+
+@cache
+def _runs_here() -> bool:
     library = _library()
-    if library is None or jax.default_backend() != "cpu" or jax.device_count() > 1:
+    if library is None or jax.device_count() > 1:
         return False
     if not library.fastserve_cpu_runs():
         return False

@@ -1,5 +1,5 @@
-"""python -m tests.aot.compile CHIP: attention's cases by the chip's real compiler, a line of JSON
-for each: what was compiled, in how long, and how much memory it takes; or the error."""
+"""python -m tests.aot.compile CHIP: every case by the chip's real compiler, a line of JSON for each:
+what was compiled, in how long, and how much memory it takes; or the error."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 import time
 from functools import partial
 
-from fastserve_jax.chips import ENVIRONMENT, topology
+from fastserve_jax.chips import ENVIRONMENT, chips
 
 os.environ.update(ENVIRONMENT)
 
@@ -16,7 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import KVLayout, cases, gpu, tpu
+from pallas_kernels import (
+    KVLayout,
+    Target,
+    cases,
+    compiling_for,
+    gather_pages,
+    gpu,
+    moe_grouped_matmul,
+    quant_matmul,
+    scatter_pages,
+    tpu,
+)
 
 PAGES, ROWS, WIDTH = 512, 32, 64
 TOKENS = (32, 512)  # rows of one token only; chunks beside them
@@ -24,6 +35,39 @@ TOKENS = (32, 512)  # rows of one token only; chunks beside them
 
 def programs(chip):
     """Name, function and shapes of each."""
+    yield from attention(chip)
+    yield from others(chip)
+
+
+def others(chip):
+    """With the implementations that the chip takes."""
+    for case in cases.PAGES:
+        layers = [(case.layout(128 if ":" in chip else 1).shape, case.dtype)] * case.num_layers
+        staged = ((case.size, case.num_layers, *layers[0][0][1:]), case.dtype)
+        chosen = ((case.size,), "int32")
+        yield f"gather {case.name}", lambda i, *layers: gather_pages([*layers], i), [chosen, *layers]
+        given = [staged, chosen, ((), "int32"), *layers]
+        yield f"scatter {case.name}", lambda s, i, n, *layers: scatter_pages([*layers], s, i, n), given
+    for case in cases.MATMUL:
+        given = [
+            ((case.rows, case.inputs), "int8" if case.is_integer else "bfloat16"),
+            ((case.outputs, case.inputs), case.dtype),
+            ((case.groups, case.outputs), "float32"),
+        ]
+        if case.is_integer:
+            given.append(((case.rows, 1), "float32"))
+        yield f"matmul {case.name}", quant_matmul, given
+    for case in cases.MOE:
+        rows = sum(case.group_sizes) + case.spare
+        given = [
+            ((rows, case.inputs), "bfloat16"),
+            ((case.experts, case.outputs, case.inputs), "bfloat16"),
+            ((case.experts,), "int32"),
+        ]
+        yield f"moe {case.name}", moe_grouped_matmul, given
+
+
+def attention(chip):
     is_tpu = ":" in chip
     for case in cases.ATTENTION:
         if case.page_size < 16 or case.head_dim % 16:
@@ -68,7 +112,8 @@ def program(case, dtype, tokens, chip):
 def main(chip, only=""):
     """Prints a line for each case with `only` in its name, and returns them."""
     lines = []
-    devices = topology(chip).devices
+    found = chips(chip)
+    devices = found.devices
     mesh = Mesh(np.array(devices[:1]), ("x",))
     here = NamedSharding(mesh, PartitionSpec())
     for name, run, shapes in programs(chip):
@@ -78,14 +123,21 @@ def main(chip, only=""):
         began = time.perf_counter()
         line = {"chip": chip, "case": name}
         try:
-            with jax.default_device(devices[0]), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                compiled = jax.jit(run).lower(*given).compile()
+            with (
+                compiling_for(Target(found.platform, found.has_tma)),
+                jax.default_device(devices[0]),
+                jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+            ):
+                # A scatter is in place: its layers are the arguments behind the first three.
+                donated = range(3, len(given)) if name.startswith("scatter") else ()
+                compiled = jax.jit(run, donate_argnums=tuple(donated)).lower(*given).compile()
         except Exception as error:
             line["error"] = f"{type(error).__name__}: {error}"[:1000]
         else:
             memory = compiled.memory_analysis()
             line["temp_bytes"] = memory.temp_size_in_bytes
             line["argument_bytes"] = memory.argument_size_in_bytes
+            line["alias_bytes"] = memory.alias_size_in_bytes
             line["kernels"] = compiled.as_text().count("custom-call(")
         line["seconds"] = round(time.perf_counter() - began, 2)
         print(json.dumps(line), flush=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import cases, dispatch, reference
+from pallas_kernels import Target, cases, compiling_for, dispatch, reference
 from tests.kernels.rows import build, options, oracle
 
 BFLOAT16 = [case for case in cases.ATTENTION if case.name.startswith(("smollm2", "stories"))]
@@ -132,4 +132,11 @@ def test_each_platform_attends_by_its_own(
     queries = jax.ShapeDtypeStruct((4, 2, 64), q)
     stored = jax.ShapeDtypeStruct((9, 1, page_size, 128), pages)
     assert dispatch.implementation(queries, stored) == want
-    assert pallas_kernels.lanes() == (128 if platform == "tpu" else 1)
+    assert pallas_kernels.target().lanes == (128 if platform == "tpu" else 1)
+    monkeypatch.undo()
+    if platform != "cpu":  # the same, of a chip that is not here
+        chip = Target(platform, has_tma=platform == "gpu" and float(capability) >= 9)
+        with compiling_for(chip):
+            assert dispatch.implementation(queries, stored) == want
+            assert not pallas_kernels.cpu.runs()
+        assert dispatch.implementation(queries, stored) == "xla"

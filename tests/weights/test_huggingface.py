@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from fastserve_jax.errors import ModelFileError
 from fastserve_jax.models.config import ModelConfig, RopeScaling
-from fastserve_jax.weights.huggingface_config import read_folder_config, read_sampling
+from fastserve_jax.weights.huggingface_config import read_config_file, read_sampling
 from fastserve_jax.weights.load import open_folder
 from tests.weights import synthetic
 from tests.weights.synthetic import Arrays, folder_config, write_folder
@@ -92,7 +92,7 @@ def test_gemma_norms_are_one_more_than_stored_in_any_type(tmp_path: Path) -> Non
 
 def _config(tmp_path: Path, family: str, **changes: Any) -> ModelConfig:
     (tmp_path / "config.json").write_text(json.dumps(folder_config(family, **changes)))
-    return read_folder_config(tmp_path)[0]
+    return read_config_file(tmp_path / "config.json")[0]
 
 
 def test_llama_config(tmp_path: Path) -> None:

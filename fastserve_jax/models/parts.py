@@ -1,0 +1,77 @@
+"""How a decoder is divided among devices: what each has of it, and what joins their results.
+
+Each device runs the decoder of its part (Shoeybi et al., "Megatron-LM", 2019, section 3): some of
+the heads, of the inner columns and of the vocabulary. What comes out of attention and out of the
+MLP is summed, twice a layer. A KV head that must serve more devices than there are is on several.
+A fused matrix holds the parts behind each other, each with its own queries, keys and values.
+Knows names of axes, no mesh.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+from jax import lax
+
+from fastserve_jax.errors import ConfigError
+
+from .config import ModelConfig
+
+MODEL = "model"  # the mesh axis
+HEADS, INNER, VOCAB = "heads", "inner", "vocab"  # axes of parameters that are divided along it
+
+type Axes = tuple[str | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    count: int = 1
+
+    def of(self, config: ModelConfig) -> ModelConfig:
+        """What each has, as a model of its own. Raises ConfigError where it does not divide."""
+        heads, kv_heads, inner = config.num_heads, config.num_kv_heads, config.intermediate_size
+        if heads % self.count or inner % self.count:
+            raise ConfigError(
+                f"{heads} heads and {inner} inner columns do not divide among {self.count} devices"
+            )
+        if kv_heads % self.count and self.count % kv_heads:
+            raise ConfigError(
+                f"{kv_heads} KV heads do not divide among {self.count} devices, nor these among "
+                "the heads"
+            )
+        return replace(
+            config,
+            num_heads=heads // self.count,
+            num_kv_heads=max(1, kv_heads // self.count),
+            intermediate_size=inner // self.count,
+            vocab_size=self._vocab(config),
+        )
+
+    def _vocab(self, config: ModelConfig) -> int:
+        divides = config.vocab_size % self.count == 0
+        return config.vocab_size // self.count if divides else config.vocab_size
+
+    def axes(self, *axes: str | None) -> Axes:
+        """Those of a parameter, by which it is divided."""
+        return axes if self.count > 1 else (None,) * len(axes)
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """Of all parts, in each."""
+        total: jax.Array = lax.psum(x, MODEL) if self.count > 1 else x
+        return total
+
+    def own(self) -> jax.Array:
+        """Which of them this one is."""
+        index: jax.Array = lax.axis_index(MODEL)
+        return index
+
+    def joined(self, logits: jax.Array, vocab: int) -> jax.Array:
+        """[rows, own] of the vocabulary -> [rows, vocab]."""
+        if logits.shape[-1] == vocab:
+            return logits
+        whole: jax.Array = lax.all_gather(logits, MODEL, axis=logits.ndim - 1, tiled=True)
+        return whole
+
+
+WHOLE = Parts()

@@ -1,0 +1,1 @@
+"""What a model would need and give on chips that are not here."""

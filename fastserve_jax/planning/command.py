@@ -1,0 +1,57 @@
+"""`fastserve plan`: from a model's name and a chip's to what is printed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from fastserve_jax.chips import ENVIRONMENT, chips
+from fastserve_jax.config import Settings
+from fastserve_jax.errors import ConfigError
+
+_SETTINGS = Path(__file__).parents[1] / "configs" / "serve"
+
+
+def run_plan(
+    reference: str,
+    chip: str,
+    mesh: str,
+    settings: Callable[[Path | None], Settings],
+    cache_dir: Path,
+    as_json: bool,
+) -> None:
+    """`settings` are read over those of the chip's family, given as a file."""
+    os.environ.update(ENVIRONMENT)  # before jax is imported
+    asked = parse_mesh(mesh)
+    found = chips(chip)
+    from fastserve_jax.terminal import Bars
+    from fastserve_jax.weights.load import open_config
+    from pallas_kernels import Target, compiling_for
+
+    from . import plan, report, site
+
+    chosen = settings(_SETTINGS / f"{found.kind}.toml")
+    with Bars() as bars:
+        name, config = open_config(reference, cache_dir, bars.pull)
+    said = Console(stderr=True)
+    with compiling_for(Target(found.platform, found.has_tma)), said.status("") as status:
+        there = site.make_site(name, config, chosen, chip, found, asked)
+        planned = plan.plan(there, status.update)
+    if as_json:
+        print(report.as_json(planned))
+    else:
+        report.show(planned, found.rates, Console())
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """ "model=4,data=2". Raises ConfigError."""
+    sizes = {}
+    for part in filter(None, text.split(",")):
+        axis, _, size = part.partition("=")
+        if not size.isdecimal() or int(size) == 0:
+            raise ConfigError(f"--mesh {text}: write it as model=4,data=2")
+        sizes[axis.strip()] = int(size)
+    return sizes

@@ -1,0 +1,166 @@
+"""A model on its chips, all decided before anything is compiled: mesh, parts, pages, bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from fastserve_jax.chips import Chips
+from fastserve_jax.config import Settings
+from fastserve_jax.errors import ConfigError
+from fastserve_jax.models.config import ModelConfig
+from fastserve_jax.models.decoder import State, abstract, head_of, parameters
+from fastserve_jax.models.parts import MODEL, Parts
+from fastserve_jax.models.precision import Precision
+from fastserve_jax.runtime.memory import FreeMemory, MemoryPlan, accelerator_memory, plan_memory
+from fastserve_jax.runtime.mesh import DATA, make_mesh
+from fastserve_jax.runtime.shapes import Program
+from fastserve_jax.runtime.step import Steps, StepShape, programs
+from pallas_kernels import KVLayout
+
+from .floor import Sizes
+
+MOST_CONTEXT = 8192  # without being asked for more, as the server has it
+_ENDLESS = FreeMemory(2**62, 1.0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """`steps` and the arrays they take are those of one device."""
+
+    name: str
+    chip: str
+    chips: Chips
+    mesh: Mesh
+    precision: Precision
+    steps: Steps
+    empty: State
+    memory: MemoryPlan
+    sizes: Sizes
+
+    @property
+    def replicas(self) -> int:
+        return self.mesh.shape[DATA]
+
+    @property
+    def needed_bytes(self) -> int:
+        """By what is known without a compiler."""
+        memory = self.memory
+        return memory.weight_bytes + memory.work_bytes + memory.kv_bytes
+
+    def programs(self) -> dict[str, Program]:
+        return {p.name: p for p in programs(self.steps, self.empty, self.precision.dtype)}
+
+
+def make_site(
+    name: str,
+    config: ModelConfig,
+    settings: Settings,
+    chip: str,
+    found: Chips,
+    asked: dict[str, int],
+) -> Site:
+    """Raises ConfigError for a mesh that cannot be, DoesNotFit where more pages are asked for than
+    there is room; where not even one request fits, its pages are planned all the same."""
+    axes = choose_axes(config, len(found.devices), asked)
+    parts, precision = Parts(axes[MODEL]), _precision(settings.model.dtype)
+    graph, empty = abstract(config, precision, parts)
+    engine, own = settings.engine, parts.of(config)
+    max_context = min(config.max_context, engine.max_context or MOST_CONTEXT)
+    fitted: dict[str, Any] = {
+        "weight_bytes": _bytes(empty),
+        "page_size": settings.kv.page_size,
+        "max_context": max_context,
+        "max_slots": engine.max_slots,
+        "step_tokens": engine.step_tokens,
+    }
+    whole_vocab = replace(own, vocab_size=config.vocab_size)  # logits are joined
+    dtype, free = precision.dtype, accelerator_memory(found.rates.memory_bytes)
+    one_request = -(-max_context // settings.kv.page_size)
+    memory = plan_memory(whole_vocab, dtype, num_pages=one_request, free=_ENDLESS, **fitted)
+    if memory.weight_bytes + memory.work_bytes + memory.kv_bytes <= free.free_bytes:
+        pages = settings.kv.pages
+        memory = plan_memory(whole_vocab, dtype, num_pages=pages, free=free, **fitted)
+    shape = StepShape(
+        max_slots=engine.max_slots,
+        step_tokens=engine.step_tokens,
+        max_context=max_context,
+        page_size=memory.page_size,
+        num_pages=memory.num_pages,
+    )
+    return Site(
+        name=name,
+        chip=chip,
+        chips=found,
+        mesh=make_mesh(found.devices, axes[DATA], axes[MODEL]),
+        precision=precision,
+        steps=Steps(graph, config, shape, parts),
+        empty=empty,
+        memory=memory,
+        sizes=_sizes(config, parts, empty, shape.layout(own), precision),
+    )
+
+
+def choose_axes(config: ModelConfig, devices: int, asked: dict[str, int]) -> dict[str, int]:
+    """Replicas and parts for so many devices. Without being asked: as many parts as divide the
+    model with each KV head on two devices at the most, and the rest replicas."""
+    unknown = asked.keys() - {DATA, MODEL}
+    if unknown:
+        raise ConfigError(f"--mesh has no axis {', '.join(sorted(unknown))}: data and model")
+    if MODEL not in asked:
+        most = devices // asked.get(DATA, 1)
+        model = max(n for n in range(1, most + 1) if most % n == 0 and _divides(config, n))
+    else:
+        model = asked[MODEL]
+        Parts(model).of(config)
+    data = asked.get(DATA, devices // model)
+    if data < 1 or model < 1 or data * model != devices:
+        raise ConfigError(f"a mesh of data={data}, model={model} does not make {devices} devices")
+    return {DATA: data, MODEL: model}
+
+
+def _divides(config: ModelConfig, count: int) -> bool:
+    try:
+        Parts(count).of(config)
+    except ConfigError:
+        return False
+    return count <= 2 * config.num_kv_heads
+
+
+def _precision(dtype: str) -> Precision:
+    return Precision(jnp.float32 if dtype == "f32" else jnp.bfloat16, int8=dtype == "int8")
+
+
+def _bytes(leaves: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves))
+
+
+def _sizes(
+    config: ModelConfig, parts: Parts, empty: State, layout: KVLayout, precision: Precision
+) -> Sizes:
+    head = head_of(config, empty)
+    looked_up = {"embed", "positions"} - ({"embed"} if config.tied_head else set())
+    matrices = [
+        (name, leaf)
+        for name, leaf in parameters(empty).items()
+        if name.startswith("layers.") and leaf.ndim == 2
+    ]
+    return Sizes(
+        config=config,
+        parts=parts,
+        weight_bytes=_bytes(empty),
+        matrix_elements=sum(leaf.size for _, leaf in matrices),
+        head_elements=head.weight.size,
+        embed_bytes=sum(
+            _bytes(leaf)
+            for name, leaf in parameters(empty).items()
+            if name.partition(".")[0] in looked_up
+        ),
+        token_bytes=layout.page_bytes(precision.dtype) // layout.page_size,
+    )
+
+
