@@ -27,7 +27,7 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
 
@@ -61,15 +61,15 @@ _TPUS = {
     "tpu7x": Rates(192 * _GiB, 7.38e12, 2307e12, 2307e12, 200e9),
 }
 _GPUS = {
-    "a100": Rates(80 * _GiB, 2.039e12, 312e12, 624e12, 300e9),
-    "h100": Rates(80 * _GiB, 3.35e12, 989e12, 1979e12, 450e9),
-    "h200": Rates(141 * 10**9, 4.8e12, 989e12, 1979e12, 450e9),
-    "b200": Rates(180 * 10**9, 8.0e12, 2250e12, 4500e12, 900e9),
+    "a100": Rates(85_100_068_864, 2.039e12, 312e12, 624e12, 300e9),  # memory as XLA has it
+    "h100": Rates(84_942_979_072, 3.352e12, 989e12, 1979e12, 450e9),
+    "h200": Rates(151_397_597_184, 4.8e12, 989e12, 1979e12, 450e9),
+    "b200": Rates(191_514_411_008, 7.672e12, 2250e12, 4500e12, 900e9),
 }
 _NAMES = {  # as XLA has them
     "a100": "NVIDIA A100-SXM4-80GB",
     "h100": "NVIDIA H100 80GB HBM3",
-    "h200": "NVIDIA H200",
+    "h200": "NVIDIA H200 141GB HBM3e",
     "b200": "NVIDIA B200",
 }
 
@@ -97,7 +97,7 @@ def chips(name: str) -> Chips:
         rates = _TPUS[kind].divided(len(devices) // math.prod(sizes))
         return Chips(kind, "tpu", devices, rates)
     devices = topology(name).devices
-    kind = re.match(r"[a-z]+\d+", name)[0]
+    kind = next(kind for kind in _GPUS if name.startswith(kind))
     return Chips(kind, "gpu", devices, _GPUS[kind])
 
 

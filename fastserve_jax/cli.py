@@ -241,8 +241,14 @@ def plan(
         "engine.max_context": context,
         "engine.max_slots": slots,
     }
-    run_plan(model, chip, mesh, lambda file: _settings(config or file, set_ or [], **flags),
-             cache_folder(), json)
+    run_plan(
+        model,
+        chip,
+        mesh,
+        lambda file: _settings(config or file, set_ or [], **flags),
+        cache_folder(),
+        json,
+    )
 
 
 # One or two sequences at a time: fewer programs to compile than a server needs.

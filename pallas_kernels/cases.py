@@ -67,8 +67,8 @@ class PagesCase:
     head_dim: int
     page_size: int = 16
     dtype: str = "bfloat16"
-    num_pages: int = 40
-    size: int = 16  # pages at once
+    num_pages: int = 12
+    size: int = 6  # pages at once
 
     def layout(self, lanes: int = 1) -> KVLayout:
         return KVLayout(self.num_pages, self.num_kv_heads, self.page_size, self.head_dim, lanes)
@@ -99,7 +99,7 @@ class MatmulCase:
 MATMUL = (
     MatmulCase("llama3_8b_qkv", 32, 6144, 4096, is_integer=True),
     MatmulCase("llama3_8b_prompt", 300, 1024, 4096, is_integer=True),
-    MatmulCase("llama3_8b_down", 8, 4096, 14336, is_integer=True),
+    MatmulCase("llama3_8b_down", 8, 1024, 14336, is_integer=True),
     MatmulCase("llama3_70b_shard", 64, 1280, 8192),
     MatmulCase("qwen3_gate_up_int4", 32, 6144, 1024, "int4", groups=8),
     MatmulCase("llama3_8b_out_int4", 5, 4096, 4096, "int4", groups=32),

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from .target import target
+
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
@@ -57,4 +59,9 @@ def write_kv(
         most = 2 ** (8 * kv_pages.dtype.itemsize - 1) - 1
         rows = jnp.clip(jnp.round(rows), -most, most)
     rows = rows.astype(kv_pages.dtype)
+    if target().platform == "tpu" and kv_pages.shape[2] % (32 // kv_pages.dtype.itemsize) == 0:
+        from . import tpu
+
+        written: jax.Array = tpu.write_rows(kv_pages, rows, pages, offsets)
+        return written
     return kv_pages.at[pages, :, offsets].set(rows, mode="drop")

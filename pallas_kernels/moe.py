@@ -22,7 +22,7 @@ def moe_grouped_matmul(
     """
     if (by or _implementation(x, weight)) == "tpu":
         return _by_blocks(x, weight, group_sizes)
-    numbers = lax.RaggedDotDimensionNumbers(
+    numbers = lax.RaggedDotDimensionNumbers(  # type: ignore[no-untyped-call]
         dot_dimension_numbers=(((1,), (2,)), ((), ())),
         lhs_ragged_dimensions=[0],
         rhs_group_dimensions=[0],

@@ -12,14 +12,13 @@ import jax.numpy as jnp
 from .target import target
 
 
-def gather_pages(
-    kv_pages: list[jax.Array], sources: jax.Array, by: str | None = None
-) -> jax.Array:
+def gather_pages(kv_pages: list[jax.Array], sources: jax.Array, by: str | None = None) -> jax.Array:
     """Pages `sources` [n] int32 of each layer: [n, layers, num_kv_heads, page_size, row]."""
     if (by or _implementation(kv_pages)) == "tpu":
         from . import tpu
 
-        return tpu.gather_pages(kv_pages, sources)
+        staged: jax.Array = tpu.gather_pages(kv_pages, sources)
+        return staged
     size = len(sources)
     layers = [pages.at[sources].get(mode="clip").reshape(size, -1) for pages in kv_pages]
     return jnp.stack(layers, axis=1).reshape(size, len(kv_pages), *kv_pages[0].shape[1:])
@@ -37,10 +36,10 @@ def scatter_pages(
     if (by or _implementation(kv_pages)) == "tpu":
         from . import tpu
 
-        return tpu.scatter_pages(kv_pages, staged, targets, real)
+        written: list[jax.Array] = tpu.scatter_pages(kv_pages, staged, targets, real)
+        return written
     return [
-        pages.at[targets].set(staged[:, layer], mode="drop")
-        for layer, pages in enumerate(kv_pages)
+        pages.at[targets].set(staged[:, layer], mode="drop") for layer, pages in enumerate(kv_pages)
     ]
 
 

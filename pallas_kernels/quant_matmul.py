@@ -30,7 +30,8 @@ def quant_matmul(
     if (by or implementation(x, weight, scales)) == "tpu":
         from . import tpu
 
-        return tpu.quant_matmul(x, weight, scales, x_scale)
+        made: jax.Array = tpu.quant_matmul(x, weight, scales, x_scale)
+        return made
     return _by_xla(x, weight, scales, x_scale)
 
 

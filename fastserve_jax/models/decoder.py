@@ -134,9 +134,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(
-        self, config: ModelConfig, precision: Precision, name: str, parts: Parts
-    ) -> None:
+    def __init__(self, config: ModelConfig, precision: Precision, name: str, parts: Parts) -> None:
         inner, size = config.intermediate_size, config.hidden_size
         bias = precision.dtype if config.linear_bias else None
         if config.gated_mlp:

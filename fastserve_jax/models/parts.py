@@ -58,7 +58,9 @@ class Parts:
 
     def sum(self, x: jax.Array) -> jax.Array:
         """Of all parts, in each."""
-        total: jax.Array = lax.psum(x, MODEL) if self.count > 1 else x
+        if self.count == 1:
+            return x
+        total: jax.Array = lax.psum(x, MODEL)  # type: ignore[no-untyped-call]
         return total
 
     def own(self) -> jax.Array:

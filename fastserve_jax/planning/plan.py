@@ -26,6 +26,8 @@ _COLLECTIVE = re.compile(
     r"= [^=]*?\b(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
 _KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu[^"]*)"')
+# Sorting by CUB's library would ask a GPU how much memory that takes.
+_OPTIONS = {"gpu": {"xla_gpu_enable_cub_radix_sort": False}}
 _BATCHES = (1, 8, 32, 128, 512)
 
 
@@ -34,6 +36,8 @@ class Estimate:
     """Of a whole step at its floor, see floor.py: no step is faster."""
 
     batch: int  # sequences, over all replicas
+    bytes_read: int  # by one device
+    operations: int
     floor_s: float
     tokens_per_s: float
 
@@ -66,8 +70,6 @@ class Planned:
     slots: int  # of all replicas
     tokens: int  # of one step of a replica
     max_concurrent: int  # requests of the whole context that pages are there for
-    bytes_read: int = 0  # in one step at all slots, as a floor has it
-    operations: int = 0
     step: tuple[Estimate, ...] = ()
 
 
@@ -78,7 +80,11 @@ def plan(site: Site, report: Callable[[str], None] = lambda _: None) -> list[Pla
     steps = (("decode", one_each), ("mixed", shape.token_buckets[-1]))
     room = accelerator_memory(site.chips.rates.memory_bytes).free_bytes
     if site.needed_bytes > room:
-        why = f"{site.memory}, of which {size_of(room)} may be used"
+        why = (
+            f"weights {size_of(site.memory.weight_bytes)}, one request's pages "
+            f"{size_of(site.memory.kv_bytes)} and a step {size_of(site.memory.work_bytes)} do not "
+            f"go into {size_of(room)}, which is what there is beside XLA's own"
+        )
         return [_refused(site, step, tokens, site.needed_bytes, why) for step, tokens in steps]
     known = site.programs()
     rows = known[f"sample[{shape.row_buckets[-1]}]"]
@@ -93,24 +99,25 @@ def _refused(site: Site, step: str, tokens: int, peak: int | None, why: str) -> 
     return Planned(**_facts(site, step, tokens), fits=False, why_not=why, peak_bytes=peak)
 
 
-def _compiled(site: _Site, step: str, tokens: int, pieces: list[Program]) -> Planned:
+def _compiled(site: Site, step: str, tokens: int, pieces: list[Program]) -> Planned:
     began = time.perf_counter()
     facts = _facts(site, step, tokens)
     try:
-        built = [over(piece, site.mesh).lower().compile() for piece in pieces]
+        with jax.default_device(site.chips.devices[0]):  # whose kernels they are
+            lowered = [over(piece, site.mesh).lower() for piece in pieces]
+        options = _OPTIONS.get(site.chips.platform)
+        built = [piece.compile(compiler_options=options) for piece in lowered]
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error):
             raise
         return _refused(site, step, tokens, None, " ".join(str(error).split())[:300])
     compile_s = time.perf_counter() - began
-    first, *_ = memories = [program.memory_analysis() for program in built]
-    texts = [program.as_text() for program in built]
+    memories: list[Any] = [program.memory_analysis() for program in built]
+    first = memories[0]
+    text = "".join(program.as_text() or "" for program in built)
     # The second runs beside the weights and the pages that only the first is given.
     beside = first.argument_size_in_bytes
-    peak = max(
-        beside + memory.temp_size_in_bytes + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
-        for memory in memories
-    )
+    peak = beside + max(_grown(memory) for memory in memories)
     return Planned(
         **facts,
         fits=peak <= site.chips.rates.memory_bytes,
@@ -119,23 +126,30 @@ def _compiled(site: _Site, step: str, tokens: int, pieces: list[Program]) -> Pla
         alias_bytes=first.alias_size_in_bytes,
         temp_bytes=max(memory.temp_size_in_bytes for memory in memories),
         host_temp_bytes=max(memory.host_temp_size_in_bytes for memory in memories),
-        collectives=dict(Counter(found[1] for text in texts for found in _COLLECTIVE.finditer(text))),
-        kernels=sum(len(_KERNEL.findall(text)) for text in texts),
+        collectives=dict(Counter(found[1] for found in _COLLECTIVE.finditer(text))),
+        kernels=len(_KERNEL.findall(text)),
         compile_s=round(compile_s, 2),
     )
 
 
-def _facts(site: _Site, step: str, tokens: int) -> dict[str, Any]:
+def _grown(memory: Any) -> int:
+    """What a program takes beyond its arguments."""
+    new: int = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return int(memory.temp_size_in_bytes) + max(0, new)
+
+
+def _facts(site: Site, step: str, tokens: int) -> dict[str, Any]:
     shape, replicas, memory = site.steps.shape, site.replicas, site.memory
     slots, is_decode = shape.max_slots * replicas, step == "decode"
     batches = sorted({*(b for b in _BATCHES if b < slots), slots}) if is_decode else [slots]
     estimates = []
     for batch in batches:
         rows = -(-batch // replicas)
-        work = site.sizes.work(rows, rows if is_decode else tokens, shape.max_context)
+        work = site.sizes.work(rows, rows if is_decode else tokens, _context(site, rows))
         floor_s = work.floor_s(site.chips.rates, site.precision.int8)
         made = batch if is_decode else tokens * replicas
-        estimates.append(Estimate(batch, floor_s, round(made / floor_s, 1)))
+        rate = round(made / floor_s, 1)
+        estimates.append(Estimate(batch, work.bytes_read, work.operations, floor_s, rate))
     return {
         "model": site.name,
         "chip": site.chip,
@@ -151,7 +165,11 @@ def _facts(site: _Site, step: str, tokens: int) -> dict[str, Any]:
         "slots": slots,
         "tokens": tokens,
         "max_concurrent": memory.num_pages // shape.pages_per_row * replicas,
-        "bytes_read": work.bytes_read,
-        "operations": work.operations,
         "step": tuple(estimates),
     }
+
+
+def _context(site: Site, rows: int) -> int:
+    """Of each of so many sequences: what they may have, or what there are pages for."""
+    memory = site.memory
+    return min(site.steps.shape.max_context, memory.num_pages * memory.page_size // rows)

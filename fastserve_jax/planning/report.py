@@ -20,31 +20,35 @@ def as_json(planned: list[Planned]) -> str:
 def show(planned: list[Planned], rates: Rates, console: Console) -> None:
     first = planned[0]
     mesh = " x ".join(f"{count} {axis}" for axis, count in first.mesh.items())
-    console.print(f"[bold]{first.model}[/] on {first.chip}: {first.devices} devices, {mesh}")
+    lines = [f"[bold]{first.model}[/] on {first.chip}: {_devices(first)}, {mesh}"]
     for step in planned:
-        console.print(_memory(step))
+        lines.append(_memory(step))
         if not step.fits and step.why_not:
-            console.print(f"  {step.why_not}")
-    console.print(
+            lines.append(f"  {step.why_not}")
+    lines.append(
         f"pages: {first.kv_pages:,} of {first.page_size} tokens, "
         f"{first.kv_pages * first.page_size:,} tokens in all: {first.max_concurrent} requests of "
         f"{first.context:,}; {first.slots} in one step"
     )
-    for step in planned:
-        if step.kernels is not None:
-            console.print(_compiled(step))
-    console.print(_estimates(planned, rates))
+    lines += [_compiled(step) for step in planned if step.kernels is not None]
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
+    console.print()
+    console.print(_estimates(planned))
+    console.print()
     console.print(
-        "An estimate, and an upper bound: the bytes of weights and of whole contexts over the "
-        f"memory's {rates.bandwidth / 1e9:,.0f} GB/s or the operations over {_peak(rates)}, "
-        "whichever takes longer, and the sums over devices at the links' "
-        f"{rates.link / 1e9:,.0f} GB/s. Nothing was run.",
+        "An estimate, and an upper bound: the bytes of weights and of whole contexts (as far as "
+        f"there are pages for them) over the memory's {rates.bandwidth / 1e9:,.0f} GB/s or the "
+        f"operations over {rates.operations / 1e12:,.0f} T/s, whichever takes longer, and then "
+        f"the sums over devices at the links' {rates.link / 1e9:,.0f} GB/s. Nothing was run.",
         style="dim",
+        soft_wrap=True,
+        highlight=False,
     )
 
 
-def _peak(rates: Rates) -> str:
-    return f"{rates.operations / 1e12:,.0f} T/s"
+def _devices(step: Planned) -> str:
+    return "1 device" if step.devices == 1 else f"{step.devices} devices"
 
 
 def _memory(step: Planned) -> str:
@@ -72,19 +76,20 @@ def _compiled(step: Planned) -> str:
     )
 
 
-def _estimates(planned: list[Planned], rates: Rates) -> Table:
+def _estimates(planned: list[Planned]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ("step", "sequences", "tokens", "at the least", "tokens/s at the most"):
+    columns = ("step", "sequences", "tokens", "read", "operations", "at the least", "tokens/s")
+    for name in columns:
         table.add_column(name, justify="left" if name == "step" else "right")
     for step in planned:
         for estimate in step.step:
-            tokens = round(estimate.tokens_per_s * estimate.floor_s)
-            row = (estimate.batch, tokens, f"{estimate.floor_s * 1e3:,.2f} ms")
-            table.add_row(step.program, *map(str, row), f"{estimate.tokens_per_s:,.0f}")
-    if planned[0].step:
-        last = planned[0]
-        table.caption = (
-            f"a decode step at {last.slots} sequences: {size_of(last.bytes_read)} read and "
-            f"{last.operations / 1e9:,.0f} G operations on each device"
-        )
+            table.add_row(
+                step.program,
+                f"{estimate.batch:,}",
+                f"{estimate.tokens_per_s * estimate.floor_s:,.0f}",
+                size_of(estimate.bytes_read),
+                f"{estimate.operations / 1e9:,.0f} G",
+                f"{estimate.floor_s * 1e3:,.2f} ms",
+                f"{estimate.tokens_per_s:,.0f}",
+            )
     return table

@@ -44,7 +44,7 @@ class Site:
 
     @property
     def replicas(self) -> int:
-        return self.mesh.shape[DATA]
+        return int(self.mesh.shape[DATA])
 
     @property
     def needed_bytes(self) -> int:
@@ -136,7 +136,7 @@ def _precision(dtype: str) -> Precision:
 
 
 def _bytes(leaves: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves))
+    return sum(int(leaf.size) * int(leaf.dtype.itemsize) for leaf in jax.tree.leaves(leaves))
 
 
 def _sizes(
@@ -162,5 +162,3 @@ def _sizes(
         ),
         token_bytes=layout.page_bytes(precision.dtype) // layout.page_size,
     )
-
-

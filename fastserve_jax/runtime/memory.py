@@ -110,8 +110,8 @@ def plan_memory(
         need = weight_bytes + work_bytes + draft_bytes + page_bytes * -(-64 // page_size)
         smaller = "no draft model, a smaller" if draft_bytes else "a smaller"
         raise DoesNotFit(
-            f"the model does not fit: {plan}. It needs {size_of(need)} at the least: take {smaller} "
-            "model, a narrower --dtype, or fewer slots (--set engine.max_slots=N)"
+            f"the model does not fit: {plan}. It needs {size_of(need)} at the least: take "
+            f"{smaller} model, a narrower --dtype, or fewer slots (--set engine.max_slots=N)"
         )
     raise DoesNotFit(
         f"the KV pool does not fit: {plan}. --set kv.pages={fits} with "

@@ -25,8 +25,13 @@ from .shapes import Program, like
 DATA = "data"
 _RULES = {HEADS: MODEL, INNER: MODEL, VOCAB: MODEL}
 
-REPLICAS = Spec(DATA)  # anything with a row for each slot, token or page of a replica
-PAGES = Spec(DATA, MODEL)  # as KVLayout says
+
+def _spec(*axes: str | None) -> Spec:
+    return Spec(*axes)  # type: ignore[no-untyped-call]
+
+
+REPLICAS = _spec(DATA)  # anything with a row for each slot, token or page of a replica
+PAGES = _spec(DATA, MODEL)  # as KVLayout says
 
 
 def make_mesh(devices: Sequence[Any], data: int, model: int) -> Mesh:
@@ -35,7 +40,7 @@ def make_mesh(devices: Sequence[Any], data: int, model: int) -> Mesh:
 
 
 def spec_of(axes: Axes) -> Spec:
-    return Spec(*(_RULES[axis] if axis else None for axis in axes))
+    return _spec(*(_RULES[axis] if axis else None for axis in axes))
 
 
 def over(program: Program, mesh: Mesh) -> Program:

@@ -245,8 +245,8 @@ def programs(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[Program]
     for count in shape.row_buckets:
         rows = Rows(ints(count), ints(count), ints(count))
         drawn_from = (head, state, hidden, rows)
-        specs = (head_divided, REPLICAS, REPLICAS, REPLICAS), (REPLICAS, REPLICAS)
-        yield Program(f"sample[{count}]", steps.sample, drawn_from, donated=(1,), specs=specs)
+        of_rows = (head_divided, REPLICAS, REPLICAS, REPLICAS), (REPLICAS, REPLICAS)
+        yield Program(f"sample[{count}]", steps.sample, drawn_from, donated=(1,), specs=of_rows)
 
     rows = Rows(*[ints(shape.step_tokens)] * 3)
     yield Program("score", steps.score, (head, state.history, hidden, rows, ints()))

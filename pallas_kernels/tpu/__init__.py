@@ -3,5 +3,12 @@
 from .attention import ragged_paged_attention
 from .matmul import quant_matmul
 from .pages import gather_pages, scatter_pages
+from .write import write_rows
 
-__all__ = ["gather_pages", "quant_matmul", "ragged_paged_attention", "scatter_pages"]
+__all__ = [
+    "gather_pages",
+    "quant_matmul",
+    "ragged_paged_attention",
+    "scatter_pages",
+    "write_rows",
+]

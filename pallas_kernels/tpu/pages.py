@@ -15,9 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 _ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
 
 
-def _each(
-    count: Any, layers: int, copy: Callable[[Any, int], Any]
-) -> None:
+def _each(count: Any, layers: int, copy: Callable[[Any, int], Any]) -> None:
     """Starts `copy(i, layer)` of all, then waits for all."""
 
     def run(act: Callable[[Any], None]) -> None:

@@ -1,5 +1,5 @@
-"""python -m tests.aot.compile CHIP: every case by the chip's real compiler, a line of JSON for each:
-what was compiled, in how long, and how much memory it takes; or the error."""
+"""python -m tests.aot.compile CHIP: every case by the chip's real compiler, a line of JSON for
+each: what was compiled, in how long, and how much memory it takes; or the error."""
 
 import json
 import os
@@ -27,10 +27,11 @@ from pallas_kernels import (
     quant_matmul,
     scatter_pages,
     tpu,
+    write_kv,
 )
 
 PAGES, ROWS, WIDTH = 512, 32, 64
-TOKENS = (32, 512)  # rows of one token only; chunks beside them
+TOKENS = (32, 1024)  # rows of one token only; chunks beside them
 
 
 def programs(chip):
@@ -45,9 +46,12 @@ def others(chip):
         layers = [(case.layout(128 if ":" in chip else 1).shape, case.dtype)] * case.num_layers
         staged = ((case.size, case.num_layers, *layers[0][0][1:]), case.dtype)
         chosen = ((case.size,), "int32")
-        yield f"gather {case.name}", lambda i, *layers: gather_pages([*layers], i), [chosen, *layers]
-        given = [staged, chosen, ((), "int32"), *layers]
-        yield f"scatter {case.name}", lambda s, i, n, *layers: scatter_pages([*layers], s, i, n), given
+        yield f"gather {case.name}", gather, [chosen, *layers]
+        yield f"scatter {case.name}", scatter, [staged, chosen, ((), "int32"), *layers]
+        for tokens in TOKENS:
+            new = ((tokens, case.num_kv_heads, case.head_dim), "float32")
+            where = ((tokens,), "int32")
+            yield f"write {case.name} {tokens}", write, [new, where, where, layers[0]]
     for case in cases.MATMUL:
         given = [
             ((case.rows, case.inputs), "int8" if case.is_integer else "bfloat16"),
@@ -65,6 +69,18 @@ def others(chip):
             ((case.experts,), "int32"),
         ]
         yield f"moe {case.name}", moe_grouped_matmul, given
+
+
+def gather(sources, *layers):
+    return gather_pages([*layers], sources)
+
+
+def scatter(staged, targets, real, *layers):
+    return scatter_pages([*layers], staged, targets, real)
+
+
+def write(rows, pages, offsets, kv_pages):
+    return write_kv(kv_pages, rows, rows, pages, offsets)
 
 
 def attention(chip):
@@ -128,8 +144,9 @@ def main(chip, only=""):
                 jax.default_device(devices[0]),
                 jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
             ):
-                # A scatter is in place: its layers are the arguments behind the first three.
-                donated = range(3, len(given)) if name.startswith("scatter") else ()
+                # What is in place: the layers, which are the arguments behind the first three.
+                in_place = name.startswith(("scatter", "write"))
+                donated = range(3, len(given)) if in_place else ()
                 compiled = jax.jit(run, donate_argnums=tuple(donated)).lower(*given).compile()
         except Exception as error:
             line["error"] = f"{type(error).__name__}: {error}"[:1000]

@@ -1,4 +1,4 @@
-"""`fastserve plan`: the whole step of large models by the chips' compilers, without their weights."""
+"""`fastserve plan`: the whole step of large models by the chips' compilers, without weights."""
 
 import json
 import os

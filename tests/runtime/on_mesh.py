@@ -1,5 +1,5 @@
-"""python -m tests.runtime.on_mesh: a step on a mesh of four CPU devices against the same on one, for
-every family. Prints a line of JSON for each: how far hidden states and tokens are apart."""
+"""python -m tests.runtime.on_mesh: a step on a mesh of four CPU devices against the same on one,
+for every family. Prints a line of JSON for each: how far hidden states and tokens are apart."""
 
 import json
 import os
@@ -16,15 +16,14 @@ from fastserve_jax.models.parts import WHOLE, Parts
 from fastserve_jax.models.precision import Precision
 from fastserve_jax.runtime import sampling
 from fastserve_jax.runtime.mesh import make_mesh, over
-from fastserve_jax.runtime.step import Rows, Steps, StepShape, empty_pages, programs
+from fastserve_jax.runtime.step import Rows, Steps, StepShape, programs
 from tests.models.families import FAMILIES
 from tests.models.oracle import random_parameters
 
 SHAPE = StepShape(max_slots=4, step_tokens=16, max_context=32, page_size=4, num_pages=24)
-WIDE = replace(
-    FAMILIES["llama"], num_heads=8, num_kv_heads=2, intermediate_size=96, vocab_size=96
-)
+WIDE = replace(FAMILIES["llama"], num_heads=8, num_kv_heads=2, intermediate_size=96, vocab_size=96)
 MODELS = {name: (config, 2) for name, config in FAMILIES.items()}
+DRAWN = ("qwen2", "wide")  # the head of the others is no other; whole on each, and divided
 MODELS |= {"wide": (WIDE, 4), "wide_by_two": (replace(WIDE, tied_head=False), 2)}
 
 
@@ -71,7 +70,7 @@ def _batch(table, new, known):
     )
 
 
-def run(steps, shapes, params, batches, mesh=None):
+def run(steps, shapes, params, batches, drawing, mesh=None):
     """Hidden states of the last step [replicas * tokens, size], and tokens [replicas * rows]. Of
     what one device has `shapes` tell, and `params` are those of all."""
     replicas = len(batches)
@@ -95,6 +94,8 @@ def run(steps, shapes, params, batches, mesh=None):
     state = sampling.empty_state(4 * replicas, SHAPE.max_context, steps.config.vocab_size)
     state = state._replace(history=jnp.asarray(joined(histories)))
     state = state._replace(temperature=jnp.asarray([0.0, 0.0, 0.9, 0.9] * replicas, jnp.float32))
+    if not drawing:
+        return np.asarray(hidden), np.zeros(0)
     head = head_of(steps.config, params)
     _, drawn = jax.jit(sample.function)(head, state, hidden, rows)
     return np.asarray(hidden), np.asarray(drawn.tokens)
@@ -111,11 +112,12 @@ def main():
             own, {n: jnp.asarray(divided(n, a, config, parts)) for n, a in arrays.items()}
         )
         given = [batches(seed) for seed in range(replicas)]
+        drawing = name in DRAWN
         mesh = make_mesh(jax.devices(), replicas, count)
         steps = Steps(own_graph, config, SHAPE, parts)
-        hidden, tokens = run(steps, own, placed, given, mesh)
+        hidden, tokens = run(steps, own, placed, given, drawing, mesh)
         alone = Steps(graph, config, SHAPE, WHOLE)
-        apart = [run(alone, whole, whole, [one]) for one in given]
+        apart = [run(alone, whole, whole, [one], drawing) for one in given]
         line = {
             "model": name,
             "parts": count,

@@ -21,7 +21,7 @@ def on_mesh():
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return {line["model"]: line for line in map(json.loads, done.stdout.splitlines())}
@@ -45,4 +45,3 @@ def test_a_kv_head_may_be_on_several_devices_and_no_device_without_one():
     own = Parts(6).of(replace(FAMILIES["qwen2"], intermediate_size=96))
     assert (own.num_heads, own.num_kv_heads, own.intermediate_size) == (1, 1, 16)
     assert own.vocab_size == 97, "a vocabulary that does not divide stays whole"
-
