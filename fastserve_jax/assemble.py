@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,6 +19,7 @@ import msgspec
 from jax.typing import DTypeLike
 
 from fastserve_jax.api.sampling import Defaults
+from fastserve_jax.chips import GPU_FRACTION
 from fastserve_jax.config import EngineSettings, ModelSettings, Settings
 from fastserve_jax.core.cost import CostModel
 from fastserve_jax.core.policy import make_policy
@@ -118,6 +120,7 @@ def load(
 ) -> Loaded:
     """Raises OperatorErrors: what cannot be found, read, or fitted, and what to do."""
     report = report or Silent()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_FRACTION))  # not jax's .75
     # A bad name is found before the slow part.
     make_policy(settings.engine.policy, Limits(), CostModel())
     files = open_model(reference, cache_dir, report.pull)

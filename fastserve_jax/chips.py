@@ -15,7 +15,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Rates:
         )
 
 
+GPU_FRACTION = 0.95  # of a GPU's memory that jax takes at its start, the rest being CUDA's
 _GiB = 2**30
 _TPUS = {
     "v4": Rates(32 * _GiB, 1.228e12, 275e12, 275e12, 90e9),
@@ -84,8 +85,12 @@ class Chips:
     rates: Rates  # of a device
 
     @property
-    def has_tma(self) -> bool:
-        return self.platform == "gpu" and self.kind != "a100"
+    def target(self) -> Any:
+        """What kernels ask of a chip: a pallas_kernels.Target."""
+        from pallas_kernels import Target
+
+        has_tma = self.platform == "gpu" and self.kind != "a100"
+        return Target(self.platform, has_tma, has_int8=self.kind != "v4")
 
 
 def chips(name: str) -> Chips:
@@ -98,7 +103,9 @@ def chips(name: str) -> Chips:
         return Chips(kind, "tpu", devices, rates)
     devices = topology(name).devices
     kind = next(kind for kind in _GPUS if name.startswith(kind))
-    return Chips(kind, "gpu", devices, _GPUS[kind])
+    whole = _GPUS[kind]
+    rates = replace(whole, memory_bytes=int(whole.memory_bytes * GPU_FRACTION))
+    return Chips(kind, "gpu", devices, rates)
 
 
 def topology(chip: str) -> Any:

@@ -40,6 +40,7 @@ def implementation(x: jax.Array, weight: jax.Array, scales: jax.Array) -> str:
     widen the weights as they are read."""
     size = weight.shape[1]
     fits = size % scales.shape[0] == 0 and (size // scales.shape[0]) % 128 == 0
+    fits &= x.dtype != jnp.int8 or target().has_int8
     return "tpu" if target().platform == "tpu" and fits else "xla"
 
 

@@ -14,6 +14,7 @@ import jax
 class Target:
     platform: str  # "cpu", "gpu" or "tpu"
     has_tma: bool = False  # a GPU's copies of whole tiles: Hopper and later
+    has_int8: bool = True  # a TPU's products of integers: v5 and later
 
     @property
     def lanes(self) -> int:
@@ -28,9 +29,10 @@ def target() -> Target:
     given = _given.get()
     if given is not None:
         return given
-    platform = jax.default_backend()
-    has_tma = platform == "gpu" and float(jax.devices()[0].compute_capability) >= 9.0
-    return Target(platform, has_tma)
+    platform, device = jax.default_backend(), jax.devices()[0]
+    if platform == "gpu":
+        return Target(platform, has_tma=float(device.compute_capability) >= 9.0)
+    return Target(platform, has_int8="v4" not in device.device_kind)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def run_plan(
     found = chips(chip)
     from fastserve_jax.terminal import Bars
     from fastserve_jax.weights.load import open_config
-    from pallas_kernels import Target, compiling_for
+    from pallas_kernels import compiling_for
 
     from . import plan, report, site
 
@@ -37,7 +37,7 @@ def run_plan(
     with Bars() as bars:
         name, config = open_config(reference, cache_dir, bars.pull)
     said = Console(stderr=True)
-    with compiling_for(Target(found.platform, found.has_tma)), said.status("") as status:
+    with compiling_for(found.target), said.status("") as status:
         there = site.make_site(name, config, chosen, chip, found, asked)
         planned = plan.plan(there, status.update)
     if as_json:

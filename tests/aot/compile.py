@@ -3,6 +3,7 @@ each: what was compiled, in how long, and how much memory it takes; or the error
 
 import json
 import os
+import re
 import sys
 import time
 from functools import partial
@@ -18,7 +19,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import (
     KVLayout,
-    Target,
     cases,
     compiling_for,
     gather_pages,
@@ -31,6 +31,7 @@ from pallas_kernels import (
 )
 
 PAGES, ROWS, WIDTH = 512, 32, 64
+FAST_MEMORY = re.compile(r'used_scoped_memory_configs":\[\{"memory_space":"1".*?"size":"(\d+)"')
 TOKENS = (32, 1024)  # rows of one token only; chunks beside them
 
 
@@ -51,7 +52,8 @@ def others(chip):
         for tokens in TOKENS:
             new = ((tokens, case.num_kv_heads, case.head_dim), "float32")
             where = ((tokens,), "int32")
-            yield f"write {case.name} {tokens}", write, [new, where, where, layers[0]]
+            pool = ((PAGES, *layers[0][0][1:]), case.dtype)
+            yield f"write {case.name} {tokens}", write, [new, where, where, pool]
     for case in cases.MATMUL:
         given = [
             ((case.rows, case.inputs), "int8" if case.is_integer else "bfloat16"),
@@ -92,7 +94,7 @@ def attention(chip):
             continue  # which it does not have
         for dtype in ("bfloat16", "float32") if is_tpu else ("bfloat16",):
             for tokens in TOKENS:
-                yield f"{case.name} {dtype} {tokens}", *program(case, dtype, tokens, chip)
+                yield f"attention {case.name} {dtype} {tokens}", *program(case, dtype, tokens, chip)
 
 
 def program(case, dtype, tokens, chip):
@@ -140,7 +142,7 @@ def main(chip, only=""):
         line = {"chip": chip, "case": name}
         try:
             with (
-                compiling_for(Target(found.platform, found.has_tma)),
+                compiling_for(found.target),
                 jax.default_device(devices[0]),
                 jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
             ):
@@ -155,7 +157,11 @@ def main(chip, only=""):
             line["temp_bytes"] = memory.temp_size_in_bytes
             line["argument_bytes"] = memory.argument_size_in_bytes
             line["alias_bytes"] = memory.alias_size_in_bytes
-            line["kernels"] = compiled.as_text().count("custom-call(")
+            kernels = [s for s in compiled.as_text().splitlines() if " custom-call(" in s]
+            line["kernels"] = len(kernels)
+            # Of a TPU's fast memory; what a GPU's kernels share is not told.
+            used = [int(size) for s in kernels for size in FAST_MEMORY.findall(s)]
+            line["vmem_bytes"] = max(used, default=None)
         line["seconds"] = round(time.perf_counter() - began, 2)
         print(json.dumps(line), flush=True)
         lines.append(line)

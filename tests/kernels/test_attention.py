@@ -127,7 +127,7 @@ def test_each_platform_attends_by_its_own(
     monkeypatch, platform, capability, q, pages, page_size, want
 ):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    device = SimpleNamespace(compute_capability=capability)
+    device = SimpleNamespace(compute_capability=capability, device_kind="TPU v5 lite")
     monkeypatch.setattr(jax, "devices", lambda: [device])
     queries = jax.ShapeDtypeStruct((4, 2, 64), q)
     stored = jax.ShapeDtypeStruct((9, 1, page_size, 128), pages)

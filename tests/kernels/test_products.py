@@ -3,19 +3,23 @@ float64."""
 
 from functools import cache, partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import (
+    Target,
     cases,
+    compiling_for,
     moe_grouped_matmul,
     quant_matmul,
     reference,
     tpu,
 )
 from pallas_kernels.moe import _by_blocks
+from pallas_kernels.quant_matmul import implementation
 from pallas_kernels.tpu import matmul as tpu_matmul
 
 INTERPRET = pltpu.InterpretParams(detect_races=True)
@@ -91,6 +95,22 @@ def test_product_of_experts(case, by):
     }[by]
     got = np.asarray(run(x, weight, jnp.asarray(case.group_sizes, jnp.int32)))
     np.testing.assert_allclose(got[: len(want)], want, atol=1e-3, rtol=1e-4)
+
+
+def test_each_chip_multiplies_by_what_it_has():
+    x = jax.ShapeDtypeStruct((8, 1024), jnp.int8)
+    weight, scales = (jax.ShapeDtypeStruct(*a) for a in (((256, 1024), jnp.int8), ((1, 256), "f4")))
+    assert implementation(x, weight, scales) == "xla"
+    for chip, want in (
+        (Target("tpu"), "tpu"),
+        (Target("tpu", has_int8=False), "xla"),
+        (Target("gpu"), "xla"),
+    ):
+        with compiling_for(chip):
+            assert implementation(x, weight, scales) == want
+    with compiling_for(Target("tpu")):
+        narrow = jax.ShapeDtypeStruct((16, 256), jnp.float32)
+        assert implementation(x, weight, narrow) == "xla", "stretches of 64 are no lanes"
 
 
 # Wrong kernels, to see the checks fail
