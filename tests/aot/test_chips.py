@@ -44,33 +44,28 @@ def compiled(chip, *only):
 
 
 @pytest.mark.parametrize("chip", of("tpu", TPUS) + of("gpu", GPUS))
-def test_every_case_compiles_without_a_copy_of_the_pages(chip, capsys):
+def test_every_case_compiles_without_a_copy_of_the_pages(chip, record_property):
     lines = compiled(chip)
-    with capsys.disabled():
-        columns = ("seconds", "temp MB", "VMEM MB", "kernels")
-        print(f"\n{chip:42}", *(f"{column:>8}" for column in columns))
-        for line in lines:
-            vmem = line.get("vmem_bytes")
-            numbers = f"{line['seconds']:8.1f} {line.get('temp_bytes', 0) / 1e6:8.2f}"
-            fast = f"{vmem / 1e6:8.2f}" if vmem is not None else f"{'-':>8}"
-            print(f"{line['case']:42} {numbers} {fast} {line.get('kernels', 0):8}")
+    record_property("compiled", lines)
     failed = [line for line in lines if "error" in line]
     assert not failed, "\n".join(f"{line['case']}: {line['error']}" for line in failed)
-    assert len(lines) >= 36 + 38
+    assert len(lines) >= 67
     for line in lines:
         check(line, is_tpu=":" in chip)
 
 
 def check(line, is_tpu):
     operation, *_ = line["case"].split()
-    assert line["kernels"] >= {"attention": 2}.get(operation, int(is_tpu)), line
+    # A v4 has no products of integers: XLA's own is taken there.
+    by_kernel = is_tpu and not (operation == "matmul" and line["chip"].startswith("v4"))
+    assert line["kernels"] >= (2 if operation == "attention" else int(by_kernel)), line
     # A copy of pages, or of weights widened, would be as large.
     assert line["temp_bytes"] < 0.6 * line["argument_bytes"], line
     if operation in ("scatter", "write"):
         assert line["alias_bytes"] > 0, line
         if is_tpu:
             assert line["temp_bytes"] < 0.1 * line["alias_bytes"], line
-    if is_tpu and operation != "gather":
+    if line["vmem_bytes"] is not None:
         assert line["vmem_bytes"] < 16 << 20, line
 
 

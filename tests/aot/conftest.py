@@ -1,0 +1,26 @@
+"""Prints what was compiled, in a table for each chip, when all is done."""
+
+COLUMNS = ("seconds", "temp MB", "VMEM MB", "kernels")
+
+
+def pytest_terminal_summary(terminalreporter):
+    for report in terminalreporter.getreports(""):
+        for name, lines in report.user_properties:
+            if name == "compiled" and report.when == "call":
+                _table(terminalreporter, lines)
+
+
+def _table(terminalreporter, lines):
+    chip = lines[0]["chip"] if lines else ""
+    terminalreporter.write_line("")
+    terminalreporter.write_line(f"{chip:46}" + "".join(f"{column:>9}" for column in COLUMNS))
+    for line in lines:
+        vmem = line.get("vmem_bytes")
+        fast = f"{vmem / 1e6:9.2f}" if vmem is not None else f"{'-':>9}"
+        numbers = f"{line['seconds']:9.1f}{line.get('temp_bytes', 0) / 1e6:9.2f}{fast}"
+        error = line.get("error", "")
+        terminalreporter.write_line(
+            f"{line['case']:46}{numbers}{line.get('kernels', 0):9}{' ' * bool(error)}{error[:80]}"
+        )
+    seconds = sum(line["seconds"] for line in lines)
+    terminalreporter.write_line(f"{chip}: {len(lines)} programs in {seconds:.0f} s")
