@@ -1,0 +1,157 @@
+"""Plans without chips' compilers: what is decided, counted and said, on the CPU that is here."""
+
+import io
+import json
+from dataclasses import replace
+
+import jax
+import pytest
+from rich.console import Console
+
+from fastserve_jax.chips import Chips, Rates
+from fastserve_jax.config import load_settings
+from fastserve_jax.errors import ConfigError
+from fastserve_jax.models.config import ModelConfig
+from fastserve_jax.models.parts import Parts
+from fastserve_jax.planning import plan, report
+from fastserve_jax.planning.command import parse_mesh
+from fastserve_jax.planning.floor import Sizes
+from fastserve_jax.planning.site import choose_axes, make_site
+from pallas_kernels import Target, compiling_for
+from tests.models.families import FAMILIES
+
+RATES = Rates(64 << 20, 1e9, 1e12, 2e12, 1e8)
+SETTINGS = load_settings(
+    None,
+    [
+        "engine.max_slots=4",
+        "engine.step_tokens=16",
+        "engine.max_context=64",
+        "model.dtype=f32",
+        "kv.page_size=4",
+    ],
+)
+LLAMA3_70B = ModelConfig("llama", 128256, 8192, 80, 64, 8, 128, 28672, 8192, 1e-5, tied_head=False)
+
+
+def site(rates=RATES, config=FAMILIES["llama"], settings=SETTINGS):
+    here = Chips("laptop", "cpu", jax.devices()[:1], rates)
+    return make_site("tiny", config, settings, "laptop:1", here, {})
+
+
+@pytest.fixture(scope="module")
+def planned():
+    with compiling_for(Target("cpu")):
+        return plan.plan(site())
+
+
+WANTED = {"model", "chip", "devices", "fits", "memory_bytes", "peak_bytes", "argument_bytes"}
+WANTED |= {"weight_bytes", "kv_cache_bytes", "alias_bytes", "temp_bytes", "host_temp_bytes"}
+WANTED |= {"collectives", "kernels", "compile_s", "kv_pages", "max_concurrent", "step"}
+
+
+def test_what_is_said_as_json(planned):
+    decode, mixed = json.loads(report.as_json(planned))
+    assert (decode["program"], mixed["program"]) == ("decode", "mixed")
+    assert (decode["tokens"], mixed["tokens"]) == (4, 16)
+    for step in (decode, mixed):
+        assert set(step) >= WANTED
+        assert step["fits"]
+        assert step["alias_bytes"] == step["kv_cache_bytes"] == step["kv_pages"] * PAGE_BYTES
+        assert step["kv_pages"] == 4 * 64 // 4, "as many as four slots can use"
+        assert step["max_concurrent"] == 4
+        kept = step["weight_bytes"] + step["kv_cache_bytes"]
+        assert kept < step["argument_bytes"] < kept + 10_000
+        assert step["argument_bytes"] < step["peak_bytes"] <= step["memory_bytes"]
+        assert step["collectives"] == {}
+        assert set(step["step"][0]) >= {"batch", "floor_s", "tokens_per_s"}
+    assert [e["batch"] for e in decode["step"]] == [1, 4]
+
+
+PAGE_BYTES = 4 * 2 * 2 * 8 * 4 * 2  # tokens, key and value, KV heads, dim, float32, layers
+
+
+def test_what_a_person_reads(planned):
+    out = io.StringIO()
+    report.show(planned, RATES, Console(file=out, width=100))
+    text = out.getvalue()
+    assert "tiny on laptop:1: 1 device, 1 data x 1 model" in text
+    assert "decode: fits, " in text
+    assert "pages updated in place: all" in text
+    assert "Nothing was run." in text
+
+
+def test_what_does_not_fit_is_not_compiled_and_says_by_how_much():
+    decode, mixed = plan.plan(site(replace(RATES, memory_bytes=200_000)))
+    for step in (decode, mixed):
+        assert not step.fits
+        assert step.compile_s is None
+        assert step.peak_bytes > step.memory_bytes
+        assert "one request's pages 16 KiB" in step.why_not
+    out = io.StringIO()
+    report.show([decode, mixed], RATES, Console(file=out, width=100))
+    assert "does not fit, " in out.getvalue()
+
+
+def test_a_model_is_divided_as_far_as_its_kv_heads_go():
+    assert choose_axes(LLAMA3_70B, 16, {}) == {"data": 1, "model": 16}
+    assert choose_axes(LLAMA3_70B, 256, {}) == {"data": 16, "model": 16}
+    assert choose_axes(LLAMA3_70B, 16, {"data": 4}) == {"data": 4, "model": 4}
+    assert choose_axes(LLAMA3_70B, 64, {"model": 64}) == {"data": 1, "model": 64}
+    assert choose_axes(FAMILIES["llama"], 4, {}) == {"data": 2, "model": 2}
+    with pytest.raises(ConfigError, match="does not make 16 devices"):
+        choose_axes(LLAMA3_70B, 16, {"model": 8, "data": 4})
+    with pytest.raises(ConfigError, match="no axis expert: data and model"):
+        choose_axes(LLAMA3_70B, 16, {"expert": 2})
+
+
+def test_how_a_mesh_is_written():
+    assert parse_mesh("model=4,data=2") == {"model": 4, "data": 2}
+    assert parse_mesh("") == {}
+    for wrong in ("model", "model=0", "model=x", "=", "model=-1"):
+        with pytest.raises(ConfigError, match="write it as model=4,data=2"):
+            parse_mesh(wrong)
+
+
+def sizes(config=LLAMA3_70B, count=8):
+    own = Parts(count).of(config)
+    layer = config.hidden_size * (
+        (own.num_heads * 2 + own.num_kv_heads * 2) * config.head_dim + 3 * own.intermediate_size
+    )
+    head = own.vocab_size * config.hidden_size
+    return Sizes(
+        config,
+        Parts(count),
+        weight_bytes=2 * (layer * config.num_layers + 2 * head),
+        matrix_elements=layer * config.num_layers,
+        head_elements=head,
+        embed_bytes=2 * head,
+        token_bytes=2 * 2 * own.num_kv_heads * config.head_dim,
+    )
+
+
+def test_the_floor_of_a_step_by_hand():
+    work = sizes().work(rows=32, tokens=32, context=1000)
+    whole = sizes(count=1)
+    assert work.bytes_read * 8 == pytest.approx(
+        2 * (whole.matrix_elements + whole.head_elements) + 32 * 1000 * 80 * 2 * 2 * 8 * 128
+    )
+    products = 2 * 32 * (whole.matrix_elements + whole.head_elements)
+    attended = 4 * 32 * 1000 * 80 * 64 * 128
+    assert work.operations * 8 == pytest.approx(products + attended)
+    # A ring of eight passes on 7 of 8 parts, twice for a sum, once for what is gathered.
+    summed = 2 * (2 * 80 + 1) * 32 * 8192 * 4
+    assert work.link_bytes == pytest.approx((summed + 32 * 128256 * 4) * 7 / 8)
+    by_memory = Rates(1, 1e9, 1e30, 1e30, 1e30)
+    assert work.floor_s(by_memory, False) == pytest.approx(work.bytes_read / 1e9)
+    by_products = Rates(1, 1e30, 1e9, 2e9, 1e30)
+    assert work.floor_s(by_products, False) == pytest.approx(work.operations / 1e9)
+    assert work.floor_s(by_products, True) == pytest.approx(work.operations / 2e9)
+    by_links = Rates(1, 1e30, 1e30, 1e30, 1e9)
+    assert work.floor_s(by_links, False) == pytest.approx(work.link_bytes / 1e9)
+
+
+def test_a_window_is_all_that_its_layers_read():
+    windows = replace(LLAMA3_70B, windows=tuple(512 if i % 2 else 0 for i in range(80)))
+    plain, local = (sizes(c).work(4, 4, 4096).bytes_read for c in (LLAMA3_70B, windows))
+    assert plain - local == 4 * 40 * (4096 - 512) * 2 * 2 * 128
