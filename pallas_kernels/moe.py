@@ -15,21 +15,16 @@ _TILE = 128
 def moe_grouped_matmul(
     x: jax.Array, weight: jax.Array, group_sizes: jax.Array, by: str | None = None
 ) -> jax.Array:
-    """x [rows, in], those of the first expert first, times weight [experts, out, in] -> [rows, out]
+    """x [rows, in], those of the first expert first, times weight [experts, in, out] -> [rows, out]
     float32. group_sizes [experts] int32: rows of each; rows behind the last of them mean nothing.
 
-    On a TPU jax's own kernel of blocks, elsewhere XLA's ragged product.
+    On a TPU jax's own kernel of blocks, elsewhere XLA's ragged product, which on a GPU multiplies
+    all rows with all experts and masks the rest; of weights [experts, out, in] it would make a
+    transposed copy there.
     """
     if (by or _implementation(x, weight)) == "tpu":
         return _by_blocks(x, weight, group_sizes)
-    numbers = lax.RaggedDotDimensionNumbers(  # type: ignore[no-untyped-call]
-        dot_dimension_numbers=(((1,), (2,)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[0],
-    )
-    made: jax.Array = lax.ragged_dot_general(
-        x, weight, group_sizes, numbers, preferred_element_type=jnp.float32
-    )
+    made: jax.Array = lax.ragged_dot(x, weight, group_sizes, preferred_element_type=jnp.float32)
     return made
 
 
@@ -52,8 +47,7 @@ def _by_blocks(
         weight,
         sizes,
         preferred_element_type=jnp.float32,
-        tiling=(_TILE, *(_block(size) for size in (weight.shape[2], weight.shape[1]))),
-        transpose_rhs=True,
+        tiling=(_TILE, *(_block(size) for size in weight.shape[1:])),
         interpret=interpret,
     )
     return made[:rows]

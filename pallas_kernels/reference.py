@@ -82,9 +82,9 @@ def quant_matmul(
 
 def moe_grouped_matmul(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """Same contract as `moe.moe_grouped_matmul`; rows behind the last give zeros."""
-    made, first = jnp.zeros((len(x), weight.shape[1]), jnp.float32), 0
+    made, first = jnp.zeros((len(x), weight.shape[2]), jnp.float32), 0
     for expert, size in enumerate(np.asarray(group_sizes)):
         own = x[first : first + size].astype(jnp.float32)
-        made = made.at[first : first + size].set(own @ weight[expert].astype(jnp.float32).T)
+        made = made.at[first : first + size].set(own @ weight[expert].astype(jnp.float32))
         first += int(size)
     return made

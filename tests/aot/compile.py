@@ -30,7 +30,7 @@ from pallas_kernels import (
     write_kv,
 )
 
-PAGES, ROWS, WIDTH = 512, 32, 64
+PAGES, ROWS, WIDTH = 4096, 32, 64
 FAST_MEMORY = re.compile(r'used_scoped_memory_configs":\[\{"memory_space":"1".*?"size":"(\d+)"')
 TOKENS = (32, 1024)  # rows of one token only; chunks beside them
 
@@ -67,7 +67,7 @@ def others(chip):
         rows = sum(case.group_sizes) + case.spare
         given = [
             ((rows, case.inputs), "bfloat16"),
-            ((case.experts, case.outputs, case.inputs), "bfloat16"),
+            ((case.experts, case.inputs, case.outputs), "bfloat16"),
             ((case.experts,), "int32"),
         ]
         yield f"moe {case.name}", moe_grouped_matmul, given

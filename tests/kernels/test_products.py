@@ -75,11 +75,11 @@ def of_experts(case):
     random = np.random.default_rng(0)
     rows = sum(case.group_sizes) + case.spare
     x = jnp.asarray(random.normal(size=(rows, case.inputs)), jnp.bfloat16)
-    shape = (case.experts, case.outputs, case.inputs)
+    shape = (case.experts, case.inputs, case.outputs)
     weight = jnp.asarray(random.standard_normal(shape, np.float32), jnp.bfloat16)
     wide, want, first = np.asarray(x, np.float64), [], 0
     for expert, size in enumerate(case.group_sizes):
-        want.append(wide[first : first + size] @ np.asarray(weight[expert], np.float64).T)
+        want.append(wide[first : first + size] @ np.asarray(weight[expert], np.float64))
         first += size
     return x, weight, np.concatenate(want)
 
