@@ -59,8 +59,8 @@ def check(line, is_tpu):
     # A v4 has no products of integers: XLA's own is taken there.
     by_kernel = is_tpu and not (operation == "matmul" and line["chip"].startswith("v4"))
     assert line["kernels"] >= (2 if operation == "attention" else int(by_kernel)), line
-    # A copy of pages, or of weights widened, would be as large.
-    assert line["temp_bytes"] < 0.6 * line["argument_bytes"], line
+    # A copy of pages, or of weights widened, would be as large; parts of sums are small.
+    assert line["temp_bytes"] < max(0.6 * line["argument_bytes"], 8e6), line
     if operation in ("scatter", "write"):
         assert line["alias_bytes"] > 0, line
         if is_tpu:

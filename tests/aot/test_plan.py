@@ -99,7 +99,11 @@ def test_what_does_not_fit_says_by_how_much(tmp_path, chip):
 
 @pytest.mark.parametrize("chip", of("tpu", ["v5e:2x2"]) + of("gpu", ["h100x4"]))
 def test_a_mesh_that_cannot_be_is_refused(tmp_path, chip):
-    for mesh, why in {"model=3": "32 heads", "model=2": "4 devices", "rows=2": "no axis"}.items():
+    for mesh, why in {
+        "model=3": "32 heads",
+        "model=2,data=1": "4 devices",
+        "rows=2": "no axis",
+    }.items():
         done = plan(tmp_path, "llama-3-8b", "--chip", chip, "--mesh", mesh)
         assert done.returncode == 2
         assert why in done.stderr
