@@ -56,6 +56,17 @@ ATTENTION = (
     AttentionCase("one_chunk", 9, 3, 64, ((130, 130),)),
 )
 
+# As they are served, too many tokens for an interpreter: timed, and compiled
+BUSY = (
+    AttentionCase("llama3_8b_32_rows", 32, 8, 128, ((1, 2048),) * 32, page_size=64),
+    AttentionCase("llama3_8b_one_row", 32, 8, 128, ((1, 8192),), page_size=64),
+    AttentionCase("llama3_8b_prompt", 32, 8, 128, ((1024, 2048),), page_size=64),
+    AttentionCase("llama3_70b_shard_64_rows", 8, 1, 128, ((1, 4096),) * 64, page_size=64),
+    AttentionCase("gemma3_global_32_rows", 4, 1, 256, ((1, 2048),) * 32, page_size=64),
+    AttentionCase("gemma3_local_32_rows", 4, 1, 256, ((1, 2048),) * 32, 512, page_size=64),
+    AttentionCase("smollm2_mixed_many", 9, 3, 64, ((1, 1024),) * 31 + ((225, 512),)),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class PagesCase:

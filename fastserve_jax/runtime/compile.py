@@ -5,6 +5,7 @@ The persistent cache makes a second start short; `progress` tells which programs
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -18,6 +19,7 @@ from jax import monitoring
 
 from .shapes import Program
 
+MOST_THREADS = 8  # a compiler of large programs takes a GB
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
 
@@ -48,10 +50,11 @@ def compile_all(
     programs: Iterable[Program],
     progress: Callable[[Compiled], None] = lambda _: None,
     lower: Callable[[Program], jax.stages.Lowered] = Program.lower,
-    threads: int = 2,
+    threads: int | None = None,
 ) -> dict[str, jax.stages.Compiled]:
     """name -> program. Tracing holds the interpreter, so it is done here, one after the other;
-    compiling does not, and goes on beside it."""
+    compiling does not, and goes on beside it, by default on all cores there are for it."""
+    threads = threads or min(MOST_THREADS, os.cpu_count() or 1)
     jobs = list(programs)
     lock = threading.Lock()
     compiled: dict[str, jax.stages.Compiled] = {}

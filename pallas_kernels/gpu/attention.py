@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..items import Items, chunk_items, decode_items
-from .kernel import ROWS, Rules, run_kernel
+from .kernel import WARPS, Rules, run_kernel
 
 _MOST_HEADS = 8  # query heads of a block of threads
 _BLOCKS_WANTED = 256  # of threads: two for each multiprocessor
@@ -36,15 +36,15 @@ def _call(
     kv_scales: jax.Array | None,
     rules: Rules,
 ) -> tuple[jax.Array, jax.Array]:
-    """q [heads, blocks, 64, head_dim] -> [heads, items, 64, head_dim], logarithms."""
+    """q [heads, blocks, rows, head_dim] -> [heads, items, rows, head_dim], logarithms."""
     heads, count, row = q.shape[0], items.row.shape[0], kv_pages.shape[3]
-    shape = (rules.parts, heads, count, ROWS, rules.head_dim)
+    shape = (rules.parts, heads, count, rules.rows, rules.head_dim)
     kept = jnp.float32 if rules.parts > 1 else q.dtype
     is_narrow = kv_pages.dtype.itemsize == 1
     block = _shared((2, rules.keys, row), kv_pages.dtype, rules.head_dim)
     if is_narrow:
         block = plgpu.SMEM((2, rules.keys, row), kv_pages.dtype)
-    scratch = [block, _shared((ROWS, rules.keys), rules.dtype, rules.keys)]
+    scratch = [block, _shared((rules.rows, rules.keys), rules.dtype, rules.keys)]
     if is_narrow:
         scratch.append(_shared((rules.keys, row), rules.dtype, rules.head_dim))
     if rules.has_tma:
@@ -118,29 +118,31 @@ def ragged_paged_attention(
     by_head = q.reshape(tokens, heads, own, head_dim).transpose(1, 0, 2, 3)
     per_head = None if sinks is None else sinks.astype(jnp.float32).reshape(heads, own)
 
-    def call(q: jax.Array, token_rows: int, items: Items, parts: int) -> Any:
+    def call(q: jax.Array, row_warps: int, token_rows: int, items: Items, parts: int) -> Any:
         """q [heads, tokens, own, head_dim], each token's heads filled up to `token_rows`."""
-        spare = ((0, 0), (0, -q.shape[1] % (ROWS // token_rows)), (0, token_rows - own), (0, 0))
-        blocks = jnp.pad(q, spare).reshape(heads, -1, ROWS, head_dim)
+        known = (scale, window, soft_cap, page_size, head_dim, heads // num_kv_heads)
+        rules = Rules(*known, row_warps, token_rows, parts, q.dtype, has_tma, interpret)
+        together = rules.rows // token_rows  # tokens of a block
+        spare = ((0, 0), (0, -q.shape[1] % together), (0, token_rows - own), (0, 0))
+        blocks = jnp.pad(q, spare).reshape(heads, -1, rules.rows, head_dim)
         sinks = None
         if per_head is not None:
             sinks = jnp.pad(per_head, ((0, 0), (0, token_rows - own)))
-            sinks = jnp.tile(sinks, (1, ROWS // token_rows))
-        known = (scale, window, soft_cap, page_size, head_dim, heads // num_kv_heads, token_rows)
-        rules = Rules(*known, parts, q.dtype, has_tma, interpret)
+            sinks = jnp.tile(sinks, (1, together))
         out, lse = _call(blocks, kv_pages, page_table, items, sinks, kv_scales, rules)
-        shape = (heads, -1, ROWS // token_rows, token_rows)  # heads, items, tokens, their heads
+        shape = (heads, -1, together, token_rows)  # heads, items, tokens, their heads
         return out.reshape(*shape, head_dim)[..., :own, :], lse.reshape(shape)[..., :own]
 
     per_row = min(kv_lens.shape[0], tokens)
     parts = min(_MOST_PARTS, -(-_BLOCKS_WANTED // (heads * per_row)))
     items = decode_items(kv_lens[:per_row], jnp.minimum(distribution[0], per_row))
-    decoded = call(by_head[:, :per_row], ROWS, items, parts)
+    few = 1 if head_dim % 32 == 0 else 2  # the other warps share a head's columns, by eights
+    decoded = call(by_head[:, :per_row], few, 16 * few, items, parts)
 
     token_rows = 1 << (own - 1).bit_length()
-    queries = ROWS // token_rows
+    queries = 16 * WARPS // token_rows
     items, item_of = chunk_items(kv_lens, cu_q_lens, distribution, queries, tokens)
-    chunks = call(by_head, token_rows, items, 1)
+    chunks = call(by_head, WARPS, token_rows, items, 1)
     place, is_decoded = jnp.arange(tokens) % queries, jnp.arange(tokens) < distribution[0]
     merged = []
     for one, many in zip(decoded, chunks, strict=True):

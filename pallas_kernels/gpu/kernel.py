@@ -14,8 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ..items import Items
 
 _FAR = -1e30  # a score below any real one; finite, so that no inf - inf arises
-_KEYS = 64  # of a block
-ROWS = 64  # of a product: sixteen for each of the four warps of a block of threads
+_BLOCK_BYTES = 1 << 15  # of keys and values: shared memory holds two blocks, and some such pairs
+WARPS = 4  # of a block of threads; each multiplies sixteen rows at once
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Rules:
     page_size: int
     head_dim: int
     kv_heads_each: int  # groups of query heads of one KV head
+    row_warps: int  # that share the rows of a product; the others its columns
     token_rows: int  # rows of a product that belong to one token, one after the other
     parts: int  # of a sequence
     dtype: Any
@@ -35,9 +36,15 @@ class Rules:
     interpret: Any
 
     @property
+    def rows(self) -> int:
+        """Of a product."""
+        return 16 * self.row_warps
+
+    @property
     def keys(self) -> int:
-        """Of a block: shared memory holds two."""
-        return _KEYS
+        """Of a block."""
+        row_bytes = 2 * self.head_dim * jnp.dtype(self.dtype).itemsize
+        return 64 if 64 * row_bytes <= _BLOCK_BYTES else 32
 
     @property
     def copies(self) -> int:
@@ -46,7 +53,7 @@ class Rules:
 
     def layout(self, kind: str) -> Any:
         """How threads hold an operand: "LHS", "RHS" or "ACC"."""
-        return getattr(plgpu.Layout, f"MMA_{kind}")(self.dtype)
+        return getattr(plgpu.Layout, f"MMA_{kind}")(self.dtype, m_warps=self.row_warps)
 
     def load(self, ref: Any, kind: str) -> jax.Array:
         loaded: jax.Array = plgpu.load(ref, layout=self.layout(kind), optimized=False)
@@ -57,6 +64,20 @@ class Rules:
         layout = layout if len(shape) == 2 else layout.reduce(1)
         filled: jax.Array = plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
         return filled
+
+    def row_of(self, shape: tuple[int, int]) -> jax.Array:
+        """[rows, columns] int32, held as an operand on the right. Counted in one dimension: a thread
+        holds two of its rows together, and an iota of two counts those as columns, as jax 0.12 has
+        it."""
+        layout = self.layout("RHS").reduce(1)
+        rows = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=layout)
+        return self.spread(rows, shape, "RHS")
+
+    def spread(self, rows: jax.Array, shape: tuple[int, ...], kind: str = "ACC") -> jax.Array:
+        """What each row has, over its columns."""
+        layout = self.layout(kind)
+        spread: jax.Array = plgpu.layout_cast(lax.broadcast_in_dim(rows, shape, [0]), layout)
+        return spread
 
     def product(self, left: jax.Array, right: jax.Array) -> jax.Array:
         if self.interpret:  # which has no mma.sync
@@ -72,14 +93,14 @@ class _Kernel:
     rules: Rules
     items: Items
     table: Any  # [rows, pages_per_row]
-    q: Any  # [heads, blocks, 64, head_dim]
+    q: Any  # [heads, blocks, rows, head_dim]
     kv_pages: Any  # as in KVLayout
-    sinks: Any  # [heads, 64] float32 or None
+    sinks: Any  # [heads, rows] float32 or None
     kv_scales: Any  # [2, num_kv_heads] float32 or None
-    out: Any  # [parts, heads, items, 64, head_dim]
-    lse: Any  # [parts, heads, items, 64]
+    out: Any  # [parts, heads, items, rows, head_dim]
+    lse: Any  # [parts, heads, items, rows]
     buffer: Any  # shared memory [2, keys, row of a page]
-    weights: Any  # shared memory [64, keys]
+    weights: Any  # shared memory [rows, keys]
     wide: Any  # shared memory [keys, row of a page], where pages are of a narrower type, or None
     arrived: Any  # barriers [2], with TMA
 
@@ -115,10 +136,10 @@ class _Kernel:
             live = begin - at * rules.keys, end - at * rules.keys
             return self.attend(queries, scale, slot, seen, live, carry)
 
-        start = (*self.begin(head, part), rules.full((ROWS, rules.head_dim), 0.0))
+        start = (*self.begin(head, part), rules.full((rules.rows, rules.head_dim), 0.0))
         best, total, mixed = lax.fori_loop(low, high, step, start)
         total = jnp.where(total == 0.0, 1.0, total)
-        mixed = mixed / lax.broadcast_in_dim(total, mixed.shape, [0])
+        mixed = mixed / rules.spread(total, mixed.shape)
         if self.kv_scales is not None:
             mixed = mixed * self.kv_scales[1, kv_head]
         out, lse = (ref.at[part, head, item] for ref in (self.out, self.lse))
@@ -167,7 +188,7 @@ class _Kernel:
     def begin(self, head: jax.Array, part: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Best score and sum so far. A sink is a score without a value, of the first part."""
         rules = self.rules
-        best, total = rules.full((ROWS,), _FAR), rules.full((ROWS,), 0.0)
+        best, total = rules.full((rules.rows,), _FAR), rules.full((rules.rows,), 0.0)
         if self.sinks is not None:
             layout = rules.layout("ACC").reduce(1)
             sink = plgpu.load(self.sinks.at[head], layout=layout, optimized=False)
@@ -177,10 +198,10 @@ class _Kernel:
         return best, total
 
     def seen(self, at: Any, begin: Any, first: Any, stop: Any) -> jax.Array:
-        """[64, keys] bool: which query may see which key; none, where it is not the item's. The
+        """[rows, keys] bool: which query may see which key; none, where it is not the item's. The
         block's first token would be at position `begin`."""
         rules = self.rules
-        layout, shape = rules.layout("ACC"), (ROWS, rules.keys)
+        layout, shape = rules.layout("ACC"), (rules.rows, rules.keys)
         past = at * rules.keys + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
         token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
         token = lax.shift_right_logical(
@@ -205,7 +226,9 @@ class _Kernel:
         rules, (best, total, mixed) = self.rules, carry
         dim, block = rules.head_dim, self.buffer.at[slot]
         if self.wide is not None:
-            narrow = rules.load(block, "LHS").astype(jnp.float32)  # fp8 has no shorter way to bf16
+            each_once = plgpu.Layout.MMA_LHS(rules.dtype, m_warps=min(WARPS, rules.keys // 16))
+            narrow = plgpu.load(block, layout=each_once, optimized=False)
+            narrow = narrow.astype(jnp.float32)  # fp8 has no shorter way to bf16
             plgpu.store(self.wide, narrow.astype(rules.dtype), optimized=False)
             block = self.wide
         keys = rules.load(block.at[:, pl.ds(0, dim)].T, "RHS")
@@ -214,18 +237,18 @@ class _Kernel:
             scores = rules.soft_cap * jnp.tanh(scores * (1.0 / rules.soft_cap))
         scores = jnp.where(seen, scores, _FAR)
         higher = jnp.maximum(best, scores.max(axis=1))
-        wide = lax.broadcast_in_dim(higher, scores.shape, [0])
+        wide = rules.spread(higher, scores.shape)
         # Masked explicitly: where nothing is seen yet, exp(_FAR - _FAR) would be 1.
         weights = jnp.where(seen, jnp.exp(scores - wide), 0.0)
         fade = jnp.exp(best - higher)
         self.weights[...] = weights.astype(rules.dtype)
         values = rules.load(block.at[:, pl.ds(dim, dim)], "RHS")
         # What lies outside is another's or garbage; 0 * nan is nan.
-        key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=rules.layout("RHS"))
+        key = rules.row_of(values.shape)
         is_live = (key >= live[0]) & (key < live[1])
         values = jnp.where(is_live, values, jnp.zeros_like(values))
         gained = rules.product(rules.load(self.weights, "LHS"), values)
-        mixed = mixed * lax.broadcast_in_dim(fade, mixed.shape, [0]) + gained
+        mixed = mixed * rules.spread(fade, mixed.shape) + gained
         return higher, total * fade + weights.sum(axis=1), mixed
 
 

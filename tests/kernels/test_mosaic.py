@@ -108,6 +108,6 @@ def test_a_barrier_that_is_not_waited_for_is_caught(monkeypatch, forgets):
 
 
 def test_garbage_that_is_not_masked_is_caught(monkeypatch, forgets):
-    everything = lambda self, *given: jnp.ones((64, self.rules.keys), bool)  # noqa: E731
+    everything = lambda self, *given: jnp.ones((self.rules.rows, self.rules.keys), bool)  # noqa: E731
     monkeypatch.setattr(gpu_kernel._Kernel, "seen", everything)
     assert differs("gpu")
