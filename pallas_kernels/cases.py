@@ -113,6 +113,7 @@ MATMUL = (
     MatmulCase("llama3_8b_down", 8, 1024, 14336, is_integer=True),
     MatmulCase("llama3_70b_shard", 64, 1280, 8192),
     MatmulCase("qwen3_gate_up_int4", 32, 6144, 1024, "int4", groups=8),
+    MatmulCase("qwen3_prompt_int4", 300, 1024, 1024, "int4", groups=8),
     MatmulCase("llama3_8b_out_int4", 5, 4096, 4096, "int4", groups=32),
     MatmulCase("llama3_8b_out_fp8", 32, 4096, 4096, "float8_e4m3fn"),
     MatmulCase("gemma3_head", 32, 8192, 640, is_integer=True),

@@ -36,8 +36,7 @@ def quant_matmul(
 
 
 def implementation(x: jax.Array, weight: jax.Array, scales: jax.Array) -> str:
-    """ "tpu" where its kernel takes such arrays; "xla" everywhere else. On a GPU XLA's own products
-    widen the weights as they are read."""
+    """ "tpu" where its kernel takes such arrays; "xla" everywhere else."""
     size = weight.shape[1]
     fits = size % scales.shape[0] == 0 and (size // scales.shape[0]) % 128 == 0
     fits &= x.dtype != jnp.int8 or target().has_int8
@@ -47,22 +46,22 @@ def implementation(x: jax.Array, weight: jax.Array, scales: jax.Array) -> str:
 def _by_xla(
     x: jax.Array, weight: jax.Array, scales: jax.Array, x_scale: jax.Array | None
 ) -> jax.Array:
+    """On a GPU the product reads weights as they lie and widens them on its way, unless something
+    else is done to them before: so scales come after it, stretch by stretch. Of many rows its sums
+    by stretch would be larger than weights that are widened and scaled once."""
     groups = scales.shape[0]
-    if x_scale is None:
-        wide = weight.astype(x.dtype)
-        if groups == 1:
-            return _product(x, wide, jnp.float32) * scales
-        stretched = wide.reshape(*weight.shape[:1], groups, -1) * scales.T[:, :, None]
-        return _product(x, stretched.reshape(weight.shape).astype(x.dtype), jnp.float32)
+    stretch = weight.shape[1] // groups
+    sums = jnp.float32 if x_scale is None else jnp.int32
+    after = 1 if x_scale is None else x_scale
     if groups == 1:
-        return _product(x, weight, jnp.int32).astype(jnp.float32) * x_scale * scales
-    by_group = jnp.einsum(
-        "rgk,ogk->gro",
-        x.reshape(len(x), groups, -1),
-        weight.reshape(len(weight), groups, -1),
-        preferred_element_type=jnp.int32,
-    )
-    return jnp.sum(by_group * scales[:, None], axis=0) * x_scale
+        return _product(x, weight.astype(x.dtype), sums).astype(jnp.float32) * scales * after
+    by_group = weight.reshape(-1, groups, stretch).astype(x.dtype)
+    if x_scale is None and 2 * len(x) > stretch:
+        scaled = (by_group * scales.T[:, :, None]).astype(x.dtype)
+        return _product(x, scaled.reshape(weight.shape), sums)
+    x = x.reshape(-1, groups, stretch)
+    made = jnp.einsum("rgk,ogk->gro", x, by_group, preferred_element_type=sums)
+    return jnp.sum(made * scales[:, None], axis=0) * after
 
 
 def _product(x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

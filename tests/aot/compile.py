@@ -5,12 +5,15 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 from fastserve_jax.chips import ENVIRONMENT, chips
 
-os.environ.update(ENVIRONMENT)
+SAID = tempfile.TemporaryDirectory()  # by a GPU's compiler, of each kernel
+os.environ.update(ENVIRONMENT | {"MOSAIC_GPU_DUMP_TO": SAID.name})
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +35,8 @@ from pallas_kernels import (
 
 PAGES, ROWS, WIDTH = 4096, 32, 64
 FAST_MEMORY = re.compile(r'used_scoped_memory_configs":\[\{"memory_space":"1".*?"size":"(\d+)"')
+SHARED_MEMORY = re.compile(r"smem_scratch_bytes=(\d+)")
+REGISTERS, SPILLED = re.compile(r"Used (\d+) registers"), re.compile(r"(\d+) bytes spill stores")
 TOKENS = (32, 1024)  # rows of one token only; chunks beside them
 
 
@@ -60,6 +65,8 @@ def others(chip):
             ((case.outputs, case.inputs), case.dtype),
             ((case.groups, case.outputs), "float32"),
         ]
+        if chip.startswith("a100") and case.dtype.startswith("float8"):
+            continue  # which it does not have
         if case.is_integer:
             given.append(((case.rows, 1), "float32"))
         yield f"matmul {case.name}", quant_matmul, given
@@ -159,13 +166,27 @@ def main(chip, only=""):
             line["alias_bytes"] = memory.alias_size_in_bytes
             kernels = [s for s in compiled.as_text().splitlines() if " custom-call(" in s]
             line["kernels"] = len(kernels)
-            # Of a TPU's fast memory; what a GPU's kernels share is not told.
-            used = [int(size) for s in kernels for size in FAST_MEMORY.findall(s)]
-            line["vmem_bytes"] = max(used, default=None)
+            line["fast_bytes"] = most(FAST_MEMORY, "\n".join(kernels))  # a TPU's VMEM
+            if ":" not in chip and kernels:
+                line |= gpu_kernels()
         line["seconds"] = round(time.perf_counter() - began, 2)
         print(json.dumps(line), flush=True)
         lines.append(line)
     return lines
+
+
+def gpu_kernels():
+    """What a GPU's compiler said of the kernels of the program before: the largest of each."""
+    files = list(Path(SAID.name).iterdir())
+    said = "\n".join(f.read_text() for f in files if f.suffix in (".ptxas", ".txt"))
+    for file in files:
+        file.unlink()
+    found = {"fast_bytes": SHARED_MEMORY, "registers": REGISTERS, "spilled_bytes": SPILLED}
+    return {name: most(pattern, said) for name, pattern in found.items()}
+
+
+def most(pattern, text):
+    return max(map(int, pattern.findall(text)), default=None)
 
 
 if __name__ == "__main__":
