@@ -89,8 +89,12 @@ class Chips:
         """What kernels ask of a chip: a pallas_kernels.Target."""
         from pallas_kernels import Target
 
-        has_tma = self.platform == "gpu" and self.kind != "a100"
-        return Target(self.platform, has_tma, has_int8=self.kind != "v4")
+        return Target(
+            self.platform,
+            has_tma=self.platform == "gpu" and self.kind != "a100",
+            has_wgmma=self.kind in ("h100", "h200"),
+            has_int8=self.kind != "v4",
+        )
 
 
 def chips(name: str) -> Chips:

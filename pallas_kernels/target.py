@@ -14,6 +14,7 @@ import jax
 class Target:
     platform: str  # "cpu", "gpu" or "tpu"
     has_tma: bool = False  # a GPU's copies of whole tiles: Hopper and later
+    has_wgmma: bool = False  # a GPU's products of four warps as one: Hopper
     has_int8: bool = True  # a TPU's products of integers: v5 and later
 
     @property
@@ -31,7 +32,8 @@ def target() -> Target:
         return given
     platform, device = jax.default_backend(), jax.devices()[0]
     if platform == "gpu":
-        return Target(platform, has_tma=float(device.compute_capability) >= 9.0)
+        capability = float(device.compute_capability)
+        return Target(platform, has_tma=capability >= 9, has_wgmma=9 <= capability < 10)
     return Target(platform, has_int8="v4" not in device.device_kind)
 
 

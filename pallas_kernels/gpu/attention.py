@@ -44,7 +44,8 @@ def _call(
     block = _shared((2, rules.keys, row), kv_pages.dtype, rules.head_dim)
     if is_narrow:
         block = plgpu.SMEM((2, rules.keys, row), kv_pages.dtype)
-    scratch = [block, _shared((rules.rows, rules.keys), rules.dtype, rules.keys)]
+    width = rules.head_dim if rules.by_wgmma else rules.keys
+    scratch = [block, _shared((rules.rows, width), rules.dtype, width)]
     if is_narrow:
         scratch.append(_shared((rules.keys, row), rules.dtype, rules.head_dim))
     if rules.has_tma:
@@ -101,11 +102,12 @@ def ragged_paged_attention(
     kv_scales: jax.Array | None = None,
     with_lse: bool = False,
     has_tma: bool = True,
+    has_wgmma: bool = False,
     interpret: Any = False,
 ) -> Any:
     """As `xla.ragged_paged_attention`, head_dim a multiple of 16, pages of 8 to 256. Queries are
-    bfloat16 or float16: products of float32 there are none. `has_tma` is said of Hopper and later;
-    `interpret`, under which any type will do, is plgpu.kernel's."""
+    bfloat16 or float16: products of float32 there are none. `has_tma` is said of Hopper and later,
+    `has_wgmma` of Hopper alone; `interpret`, under which any type will do, is plgpu.kernel's."""
     tokens, num_heads, head_dim = q.shape
     if head_dim % 16 or kv_pages.shape[2] not in (8, 16, 32, 64, 128, 256):
         raise ValueError(f"heads of {head_dim} in pages of {kv_pages.shape[2]} do not fill a tile")
@@ -121,7 +123,8 @@ def ragged_paged_attention(
     def call(q: jax.Array, row_warps: int, token_rows: int, items: Items, parts: int) -> Any:
         """q [heads, tokens, own, head_dim], each token's heads filled up to `token_rows`."""
         known = (scale, window, soft_cap, page_size, head_dim, heads // num_kv_heads)
-        rules = Rules(*known, row_warps, token_rows, parts, q.dtype, has_tma, interpret)
+        by_wgmma = has_wgmma and row_warps == WARPS
+        rules = Rules(*known, row_warps, token_rows, parts, q.dtype, has_tma, by_wgmma, interpret)
         together = rules.rows // token_rows  # tokens of a block
         spare = ((0, 0), (0, -q.shape[1] % together), (0, token_rows - own), (0, 0))
         blocks = jnp.pad(q, spare).reshape(heads, -1, rules.rows, head_dim)
@@ -140,9 +143,10 @@ def ragged_paged_attention(
     decoded = call(by_head[:, :per_row], few, 16 * few, items, parts)
 
     token_rows = 1 << (own - 1).bit_length()
-    queries = 16 * WARPS // token_rows
+    many = WARPS if has_wgmma or head_dim <= 128 else 2  # what a thread holds must find room
+    queries = 16 * many // token_rows
     items, item_of = chunk_items(kv_lens, cu_q_lens, distribution, queries, tokens)
-    chunks = call(by_head, WARPS, token_rows, items, 1)
+    chunks = call(by_head, many, token_rows, items, 1)
     place, is_decoded = jnp.arange(tokens) % queries, jnp.arange(tokens) < distribution[0]
     merged = []
     for one, many in zip(decoded, chunks, strict=True):

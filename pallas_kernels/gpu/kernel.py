@@ -33,6 +33,7 @@ class Rules:
     parts: int  # of a sequence
     dtype: Any
     has_tma: bool
+    by_wgmma: bool  # all four warps multiply sixty-four rows as one, with keys where they lie
     interpret: Any
 
     @property
@@ -44,7 +45,7 @@ class Rules:
     def keys(self) -> int:
         """Of a block."""
         row_bytes = 2 * self.head_dim * jnp.dtype(self.dtype).itemsize
-        return 64 if 64 * row_bytes <= _BLOCK_BYTES else 32
+        return 64 if self.by_wgmma or 64 * row_bytes <= _BLOCK_BYTES else 32
 
     @property
     def copies(self) -> int:
@@ -53,6 +54,8 @@ class Rules:
 
     def layout(self, kind: str) -> Any:
         """How threads hold an operand: "LHS", "RHS" or "ACC"."""
+        if self.by_wgmma:
+            return plgpu.Layout.WGMMA
         return getattr(plgpu.Layout, f"MMA_{kind}")(self.dtype, m_warps=self.row_warps)
 
     def load(self, ref: Any, kind: str) -> jax.Array:
@@ -79,6 +82,17 @@ class Rules:
         spread: jax.Array = plgpu.layout_cast(lax.broadcast_in_dim(rows, shape, [0]), layout)
         return spread
 
+    def wgmma(self, left: Any, right: Any, start: jax.Array | None = None) -> jax.Array:
+        """`start` and `left` times `right`, which lies in shared memory as `left` may, too."""
+        if self.interpret:  # which wants `left` there
+            made = jnp.dot(left[...], right[...], preferred_element_type=jnp.float32)
+            return made if start is None else start + made
+        if start is None:
+            return self.wgmma(left, right, self.full((left.shape[0], right.shape[1]), 0.0))
+        add = pl.run_state(lambda sums: plgpu.wgmma(sums, left, right))
+        summed: jax.Array = add(plgpu.ACC.init(start))
+        return summed
+
     def product(self, left: jax.Array, right: jax.Array) -> jax.Array:
         if self.interpret:  # which has no mma.sync
             return jnp.dot(left, right, preferred_element_type=jnp.float32)
@@ -100,7 +114,7 @@ class _Kernel:
     out: Any  # [parts, heads, items, rows, head_dim]
     lse: Any  # [parts, heads, items, rows]
     buffer: Any  # shared memory [2, keys, row of a page]
-    weights: Any  # shared memory [rows, keys]
+    operand: Any  # shared memory: queries [rows, head_dim] for wgmma, else weights [rows, keys]
     wide: Any  # shared memory [keys, row of a page], where pages are of a narrower type, or None
     arrived: Any  # barriers [2], with TMA
 
@@ -124,6 +138,10 @@ class _Kernel:
             fetch(low, jnp.int32(0))
 
         queries = rules.load(self.q.at[head, items.block[item]], "LHS")
+        if rules.by_wgmma:
+            plgpu.store(self.operand, queries, optimized=False)
+            plgpu.commit_smem()
+            queries = self.operand
         scale = rules.scale * (1.0 if self.kv_scales is None else self.kv_scales[0, kv_head])
 
         def step(at: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -215,7 +233,7 @@ class _Kernel:
 
     def attend(
         self,
-        queries: jax.Array,
+        queries: Any,
         scale: Any,
         slot: Any,
         seen: jax.Array,
@@ -226,13 +244,17 @@ class _Kernel:
         rules, (best, total, mixed) = self.rules, carry
         dim, block = rules.head_dim, self.buffer.at[slot]
         if self.wide is not None:
-            each_once = plgpu.Layout.MMA_LHS(rules.dtype, m_warps=min(WARPS, rules.keys // 16))
-            narrow = plgpu.load(block, layout=each_once, optimized=False)
+            narrow = plgpu.load(block, layout=self.each_once(), optimized=False)
             narrow = narrow.astype(jnp.float32)  # fp8 has no shorter way to bf16
             plgpu.store(self.wide, narrow.astype(rules.dtype), optimized=False)
             block = self.wide
-        keys = rules.load(block.at[:, pl.ds(0, dim)].T, "RHS")
-        scores = rules.product(queries, keys) * scale
+            if rules.by_wgmma:
+                plgpu.commit_smem()
+        keys, values = (block.at[:, pl.ds(first, dim)] for first in (0, dim))
+        if rules.by_wgmma:
+            scores = rules.wgmma(queries, keys.T) * scale
+        else:
+            scores = rules.product(queries, rules.load(keys.T, "RHS")) * scale
         if rules.soft_cap:
             scores = rules.soft_cap * jnp.tanh(scores * (1.0 / rules.soft_cap))
         scores = jnp.where(seen, scores, _FAR)
@@ -241,15 +263,38 @@ class _Kernel:
         # Masked explicitly: where nothing is seen yet, exp(_FAR - _FAR) would be 1.
         weights = jnp.where(seen, jnp.exp(scores - wide), 0.0)
         fade = jnp.exp(best - higher)
-        self.weights[...] = weights.astype(rules.dtype)
-        values = rules.load(block.at[:, pl.ds(dim, dim)], "RHS")
-        # What lies outside is another's or garbage; 0 * nan is nan.
-        key = rules.row_of(values.shape)
-        is_live = (key >= live[0]) & (key < live[1])
-        values = jnp.where(is_live, values, jnp.zeros_like(values))
-        gained = rules.product(rules.load(self.weights, "LHS"), values)
-        mixed = mixed * rules.spread(fade, mixed.shape) + gained
-        return higher, total * fade + weights.sum(axis=1), mixed
+        mixed = mixed * rules.spread(fade, mixed.shape)
+        total = total * fade + weights.sum(axis=1)
+        return higher, total, self.mix(mixed, weights.astype(rules.dtype), values, live)
+
+    def mix(
+        self, mixed: jax.Array, weights: jax.Array, values: Any, live: tuple[Any, Any]
+    ) -> jax.Array:
+        """`mixed` and `values` [keys, head_dim], in shared memory, by their weights [rows, keys].
+        What lies outside of `live` is another's or garbage; 0 * nan is nan."""
+        rules = self.rules
+        if rules.by_wgmma:
+            pl.when((live[0] > 0) | (live[1] < rules.keys))(lambda: self.clear(values, live))
+            return rules.wgmma(weights, values, mixed)
+        self.operand[...] = weights
+        held = rules.load(values, "RHS")
+        key = rules.row_of(held.shape)
+        held = jnp.where((key >= live[0]) & (key < live[1]), held, jnp.zeros_like(held))
+        return mixed + rules.product(rules.load(self.operand, "LHS"), held)
+
+    def clear(self, values: Any, live: tuple[Any, Any]) -> None:
+        """Zeros where it lies."""
+        layout = self.each_once("ACC")
+        held = plgpu.load(values, layout=layout, optimized=False)
+        key = plgpu.broadcasted_iota(jnp.int32, held.shape, 0, layout=layout)
+        held = jnp.where((key >= live[0]) & (key < live[1]), held, jnp.zeros_like(held))
+        plgpu.store(values, held, optimized=False)
+        plgpu.commit_smem()
+
+    def each_once(self, kind: str = "LHS") -> Any:
+        """How threads hold a block of keys, or half of one."""
+        warps = min(WARPS, self.rules.keys // 16)
+        return getattr(plgpu.Layout, f"MMA_{kind}")(self.rules.dtype, m_warps=warps)
 
 
 def run_kernel(
@@ -260,7 +305,7 @@ def run_kernel(
     named = {name: next(given) for name in ("table", "q", "kv_pages")}
     named["sinks"] = next(given) if has_sinks else None
     named["kv_scales"] = next(given) if has_scales else None
-    named |= {name: next(given) for name in ("out", "lse", "buffer", "weights")}
+    named |= {name: next(given) for name in ("out", "lse", "buffer", "operand")}
     named["wide"] = next(given) if is_narrow else None
     kernel = _Kernel(rules=rules, items=items, arrived=next(given, None), **named)
     pl.when(lax.axis_index("item") < items.real[0])(kernel.run)

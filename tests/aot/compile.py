@@ -126,7 +126,8 @@ def program(case, dtype, tokens, chip):
     if ":" in chip:
         attend = partial(tpu.ragged_paged_attention, **options)
     else:
-        attend = partial(gpu.ragged_paged_attention, **options, has_tma=not chip.startswith("a"))
+        of_chip = {"has_tma": not chip.startswith("a"), "has_wgmma": chip.startswith("h")}
+        attend = partial(gpu.ragged_paged_attention, **options, **of_chip)
 
     def run(*arrays):
         return attend(*arrays[:6], **dict(zip(names, arrays[6:], strict=True)))

@@ -67,7 +67,8 @@ def check(line, is_tpu):
             assert line["temp_bytes"] < 0.1 * line["alias_bytes"], line
     if by_kernel or (operation == "attention" and not is_tpu):
         assert 0 < line["fast_bytes"] < (16 << 20 if is_tpu else 227 << 10), line
-    assert line.get("spilled_bytes", 0) <= 64, line  # a few words, not what it multiplies
+    # A few words, not what it multiplies. None: the kernel was compiled for a case before.
+    assert (line.get("spilled_bytes") or 0) <= 128, line
 
 
 @pytest.mark.parametrize("chip", of("tpu", ["v5e:1x1"]) + of("gpu", ["h100"]))
