@@ -147,7 +147,9 @@ def pages(case: cases.PagesCase) -> Timed:
         moved = sources + staged.reshape(-1)[0].astype(jnp.int32) - 1  # another each time, it says
         return gather_pages([*layers], moved)
 
-    return Timed(f"gather {case.name}", step, None, staged, (sources, *layers), 2 * staged.nbytes, 0)
+    return Timed(
+        f"gather {case.name}", step, None, staged, (sources, *layers), 2 * staged.nbytes, 0
+    )
 
 
 def matmul(case: cases.MatmulCase) -> Timed:

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from fastserve_jax.api.sampling import Defaults
 from fastserve_jax.chips import GPU_FRACTION
-from fastserve_jax.config import EngineSettings, ModelSettings, Settings
+from fastserve_jax.config import MOST_CONTEXT, EngineSettings, ModelSettings, Settings
 from fastserve_jax.core.cost import CostModel
 from fastserve_jax.core.policy import make_policy
 from fastserve_jax.core.proposal import DraftCost
@@ -54,7 +54,6 @@ from fastserve_jax.weights.load import ModelFiles, open_model
 from pallas_kernels import cpu
 
 MOST_PERPLEXITY = 1.01  # int8's over bf16's, for int8 to be what nobody asked for
-MOST_CONTEXT = 8192  # without being asked for more: a longer context costs slots
 MOST_GUESSES, FEW_GUESSES = 15, 7  # with the token before them, 16 and 8
 
 

@@ -20,6 +20,7 @@ from fastserve_jax.server.config import ServerConfig
 
 DTYPES = ("auto", "bf16", "int8", "f32")
 SPECULATE = ("auto", "off")
+MOST_CONTEXT = 8192  # without being asked for more: a longer context costs slots
 
 
 @dataclass(frozen=True, slots=True)

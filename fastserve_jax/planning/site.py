@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fastserve_jax.chips import Chips
-from fastserve_jax.config import Settings
+from fastserve_jax.config import MOST_CONTEXT, Settings
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import State, abstract, head_of, parameters
@@ -24,7 +24,6 @@ from pallas_kernels import KVLayout
 
 from .floor import Sizes
 
-MOST_CONTEXT = 8192  # without being asked for more, as the server has it
 _ENDLESS = FreeMemory(2**62, 1.0, 1)
 
 

@@ -24,7 +24,7 @@ from .kernel import WARPS, Rules, run_kernel
 
 _MOST_HEADS = 8  # query heads of a block of threads
 _BLOCKS_WANTED = 256  # of threads: two for each multiprocessor
-_MOST_PARTS = 16
+_MOST_PARTS = 32
 
 
 def _call(
@@ -120,34 +120,34 @@ def ragged_paged_attention(
     by_head = q.reshape(tokens, heads, own, head_dim).transpose(1, 0, 2, 3)
     per_head = None if sinks is None else sinks.astype(jnp.float32).reshape(heads, own)
 
-    def call(q: jax.Array, row_warps: int, token_rows: int, items: Items, parts: int) -> Any:
-        """q [heads, tokens, own, head_dim], each token's heads filled up to `token_rows`."""
+    def call(q: jax.Array, row_warps: int, together: int, items: Items, parts: int) -> Any:
+        """q [heads, tokens, own, head_dim], so many tokens in a block."""
         known = (scale, window, soft_cap, page_size, head_dim, heads // num_kv_heads)
         by_wgmma = has_wgmma and row_warps == WARPS
-        rules = Rules(*known, row_warps, token_rows, parts, q.dtype, has_tma, by_wgmma, interpret)
-        together = rules.rows // token_rows  # tokens of a block
-        spare = ((0, 0), (0, -q.shape[1] % together), (0, token_rows - own), (0, 0))
-        blocks = jnp.pad(q, spare).reshape(heads, -1, rules.rows, head_dim)
+        rules = Rules(*known, row_warps, own, parts, q.dtype, has_tma, by_wgmma, interpret)
+        used = together * own  # of its rows
+        spare = rules.rows - used
+        blocks = jnp.pad(q, ((0, 0), (0, -q.shape[1] % together), (0, 0), (0, 0)))
+        blocks = blocks.reshape(heads, -1, used, head_dim)
+        blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, spare), (0, 0)))
         sinks = None
         if per_head is not None:
-            sinks = jnp.pad(per_head, ((0, 0), (0, token_rows - own)))
-            sinks = jnp.tile(sinks, (1, together))
+            sinks = jnp.pad(jnp.tile(per_head, (1, together)), ((0, 0), (0, spare)))
         out, lse = _call(blocks, kv_pages, page_table, items, sinks, kv_scales, rules)
-        shape = (heads, -1, together, token_rows)  # heads, items, tokens, their heads
-        return out.reshape(*shape, head_dim)[..., :own, :], lse.reshape(shape)[..., :own]
+        shape = (heads, -1, together, own)  # heads, items, tokens, their heads
+        return out[:, :, :used].reshape(*shape, head_dim), lse[:, :, :used].reshape(shape)
 
     per_row = min(kv_lens.shape[0], tokens)
     parts = min(_MOST_PARTS, -(-_BLOCKS_WANTED // (heads * per_row)))
     items = decode_items(kv_lens[:per_row], jnp.minimum(distribution[0], per_row))
     few = 1 if head_dim % 32 == 0 else 2  # the other warps share a head's columns, by eights
-    decoded = call(by_head[:, :per_row], few, 16 * few, items, parts)
+    decoded = call(by_head[:, :per_row], few, 1, items, parts)
 
-    token_rows = 1 << (own - 1).bit_length()
     many = WARPS if has_wgmma or head_dim <= 128 else 2  # what a thread holds must find room
-    queries = 16 * many // token_rows
-    items, item_of = chunk_items(kv_lens, cu_q_lens, distribution, queries, tokens)
-    chunks = call(by_head, many, token_rows, items, 1)
-    place, is_decoded = jnp.arange(tokens) % queries, jnp.arange(tokens) < distribution[0]
+    together = 16 * many // own
+    items, item_of = chunk_items(kv_lens, cu_q_lens, distribution, together, tokens)
+    chunks = call(by_head, many, together, items, 1)
+    place, is_decoded = jnp.arange(tokens) % together, jnp.arange(tokens) < distribution[0]
     merged = []
     for one, many in zip(decoded, chunks, strict=True):
         one = one[:, :, 0]  # [heads, rows, own, ...]

@@ -29,7 +29,7 @@ class Rules:
     head_dim: int
     kv_heads_each: int  # groups of query heads of one KV head
     row_warps: int  # that share the rows of a product; the others its columns
-    token_rows: int  # rows of a product that belong to one token, one after the other
+    own: int  # query heads of a group: rows of a product, one after the other, for each token
     parts: int  # of a sequence
     dtype: Any
     has_tma: bool
@@ -123,10 +123,7 @@ class _Kernel:
         head, item, part = (lax.axis_index(name) for name in ("head", "item", "part"))
         kv_head = lax.div(head, jnp.int32(rules.kv_heads_each))
         position, first, stop = items.position[item], items.first[item], items.end[item]
-        end = position + stop - first
-        begin = jnp.int32(0)
-        if rules.window:
-            begin = jnp.maximum(position - rules.window + 1, 0)
+        begin, end = self.span(item)
         low, high = self.blocks(begin, end, part)
         row = items.row[item]
 
@@ -163,6 +160,14 @@ class _Kernel:
         out, lse = (ref.at[part, head, item] for ref in (self.out, self.lse))
         plgpu.store(out, mixed.astype(out.dtype), optimized=False)
         plgpu.store(lse, best + jnp.log(total), optimized=False)
+
+    def span(self, item: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of keys, from and to: those that any of its queries sees."""
+        items, rules = self.items, self.rules
+        end = items.position[item] + items.end[item] - items.first[item]
+        if not rules.window:
+            return jnp.int32(0), end
+        return jnp.maximum(items.position[item] - rules.window + 1, 0), end
 
     def blocks(
         self, begin: jax.Array, end: jax.Array, part: jax.Array
@@ -222,9 +227,10 @@ class _Kernel:
         layout, shape = rules.layout("ACC"), (rules.rows, rules.keys)
         past = at * rules.keys + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
         token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
-        token = lax.shift_right_logical(
-            token, jnp.full_like(token, rules.token_rows.bit_length() - 1)
-        )
+        if rules.own > 1:  # divided by it: a shorter way, and exact for so few rows
+            token = lax.shift_right_logical(
+                token * -(-(1 << 16) // rules.own), jnp.full_like(token, 16)
+            )
         position = begin + token
         seen = (past <= position) & (token >= first) & (token < stop)
         if rules.window:
