@@ -37,7 +37,8 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
 aot: .venv-aot/installed  # apart: with these installed, jax looks for chips at every start
-	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -n 2 -m aot tests/aot tests/kernels
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -n 2 -o faulthandler_timeout=1800 \
+		-m aot tests/aot tests/kernels
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

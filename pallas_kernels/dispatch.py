@@ -39,5 +39,5 @@ def ragged_paged_attention(
         return tpu.ragged_paged_attention(q, kv_pages, *rows, **options)
     from . import gpu
 
-    chip = {"has_tma": target().has_tma, "has_wgmma": target().has_wgmma}
-    return gpu.ragged_paged_attention(q, kv_pages, *rows, **chip, **options)
+    options |= {"has_tma": target().has_tma, "has_wgmma": target().has_wgmma}
+    return gpu.ragged_paged_attention(q, kv_pages, *rows, **options)

@@ -22,7 +22,7 @@ def quant_matmul(
 ) -> jax.Array:
     """x [rows, in] times weight [out, in] -> [rows, out] float32.
 
-    weight   int8, int4 or a float8
+    weight   int8, int4 or a float8; the last of Hopper and later: before, it is widened to a copy
     scales   [groups, out] float32: `in` is cut into so many stretches, each with its own scale
     x        float; or int8, and then x_scale [rows, 1] float32 is its own, and weight int8
     """

@@ -4,8 +4,10 @@ token and for chunks.
 A block of threads takes one item (a sequence and a block of its queries, see items.py), one group
 of query heads that share a KV head, and one part of the sequence: rows of one token are split where
 they are fewer than the chip has room for, and the parts merged by their logarithms. Pages come into
-a double buffer, by TMA from Hopper on and by cp.async before; products are mma.sync, which all of
-these chips have. Every item writes a block of its own, so none waits for another.
+a double buffer, by TMA from Hopper on and by cp.async before. Products are mma.sync, which all of
+these chips have: of a token's few rows by one warp's sixteen, with the warps side by side over the
+keys, so that what is read from shared memory is read once. Hopper multiplies chunks by wgmma, which
+reads keys and values where they lie. Every item writes a block of its own: none waits for another.
 
 Softmax is accumulated block by block (Milakov and Gimelshein, "Online normalizer calculation for
 softmax", 2018). Knows no model and no request.
@@ -20,7 +22,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..items import Items, chunk_items, decode_items
-from .kernel import WARPS, Rules, run_kernel
+from .kernel import run_kernel
+from .rules import WARPS, Rules
 
 _MOST_HEADS = 8  # query heads of a block of threads
 _BLOCKS_WANTED = 256  # of threads: two for each multiprocessor

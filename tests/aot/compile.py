@@ -12,8 +12,7 @@ from pathlib import Path
 
 from fastserve_jax.chips import ENVIRONMENT, chips
 
-SAID = tempfile.TemporaryDirectory()  # by a GPU's compiler, of each kernel
-os.environ.update(ENVIRONMENT | {"MOSAIC_GPU_DUMP_TO": SAID.name})
+os.environ.update(ENVIRONMENT)
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +33,8 @@ from pallas_kernels import (
 )
 
 PAGES, ROWS, WIDTH = 4096, 32, 64
+SAID = tempfile.TemporaryDirectory()  # by a GPU's compiler, of each kernel
+os.environ["MOSAIC_GPU_DUMP_TO"] = SAID.name
 FAST_MEMORY = re.compile(r'used_scoped_memory_configs":\[\{"memory_space":"1".*?"size":"(\d+)"')
 SHARED_MEMORY = re.compile(r"smem_scratch_bytes=(\d+)")
 REGISTERS, SPILLED = re.compile(r"Used (\d+) registers"), re.compile(r"(\d+) bytes spill stores")

@@ -1,5 +1,5 @@
-"""What the kernels read and multiply as they are written, beside the least there is: their own walks
-over items and pages, run in Python with copies that only count."""
+"""What the kernels read and multiply as they are written, beside the least there is: their own
+walks over items and pages, run in Python with copies that only count."""
 
 from types import SimpleNamespace
 
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import cases
-from pallas_kernels.items import chunk_items, decode_items
 from pallas_kernels.gpu import kernel as gpu_kernel
+from pallas_kernels.gpu.rules import WARPS, Rules
+from pallas_kernels.items import chunk_items, decode_items
 from pallas_kernels.tpu import kernel
 from tests.kernels.rows import build
 
@@ -141,8 +142,8 @@ def walk_gpu(case, items, row_warps, together, monkeypatch):
     chip with TMA."""
     own, heads = case.num_heads // case.num_kv_heads, case.num_kv_heads
     known = (1.0, case.window, 0.0, case.page_size, case.head_dim, 1)
-    by_wgmma = row_warps == gpu_kernel.WARPS
-    rules = gpu_kernel.Rules(*known, row_warps, own, 1, jnp.bfloat16, True, by_wgmma, None)
+    by_wgmma = row_warps == WARPS
+    rules = Rules(*known, row_warps, own, 1, jnp.bfloat16, True, by_wgmma, None)
     named = dict.fromkeys(("q", "sinks", "kv_scales", "out", "lse", "operand", "wide"))
     nothing = SimpleNamespace(at=Anything())
     table = np.arange(len(case.rows) << 12).reshape(len(case.rows), 1 << 12)
@@ -193,10 +194,10 @@ def test_a_gpu_reads_each_live_page_once(case, monkeypatch):
 def test_a_gpus_chunks_multiply_little_more_than_they_must(case, monkeypatch):
     _, _, kv_lens, _, cu_q_lens, distribution = build(case, jnp.bfloat16)
     tokens = sum(new for new, _ in case.rows)
-    together = 16 * gpu_kernel.WARPS * case.num_kv_heads // case.num_heads
+    together = 16 * WARPS * case.num_kv_heads // case.num_heads
     with jax.disable_jit():
         items, _ = chunk_items(kv_lens, cu_q_lens, distribution, together, tokens)
-        _, _, made = walk_gpu(case, items, gpu_kernel.WARPS, together, monkeypatch)
+        _, _, made = walk_gpu(case, items, WARPS, together, monkeypatch)
     keys = sum(
         seen(case, position) for new, total in case.rows for position in range(total - new, total)
     )
