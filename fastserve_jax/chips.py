@@ -67,7 +67,12 @@ _GPUS = {
     "h200": Rates(151_397_597_184, 4.8e12, 989e12, 1979e12, 450e9),
     "b200": Rates(191_514_411_008, 7.672e12, 2250e12, 4500e12, 900e9),
 }
-_NAMES = {  # as XLA has them
+_NAMES = {  # as XLA has them, and jax of those that are here
+    "v4": "TPU v4",
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5",
+    "v6e": "TPU v6 lite",
+    "tpu7x": "TPU7x",
     "a100": "NVIDIA A100-SXM4-80GB",
     "h100": "NVIDIA H100 80GB HBM3",
     "h200": "NVIDIA H200 141GB HBM3e",
@@ -107,9 +112,20 @@ def chips(name: str) -> Chips:
         return Chips(kind, "tpu", devices, rates)
     devices = topology(name).devices
     kind = next(kind for kind in _GPUS if name.startswith(kind))
+    return Chips(kind, "gpu", devices, _of_gpu(kind))
+
+
+def _of_gpu(kind: str) -> Rates:
     whole = _GPUS[kind]
-    rates = replace(whole, memory_bytes=int(whole.memory_bytes * GPU_FRACTION))
-    return Chips(kind, "gpu", devices, rates)
+    return replace(whole, memory_bytes=int(whole.memory_bytes * GPU_FRACTION))
+
+
+def rates_of(device_kind: str) -> Rates:
+    """Of one chip that is here, by jax's name for it. Raises ConfigError where none are known."""
+    kind = next((kind for kind, name in _NAMES.items() if name == device_kind), None)
+    if kind is None:
+        raise ConfigError(f"no rates of {device_kind} are known: {', '.join(_NAMES)}")
+    return _TPUS[kind] if kind in _TPUS else _of_gpu(kind)
 
 
 def topology(chip: str) -> Any:

@@ -8,7 +8,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from fastserve_jax.chips import Chips, Rates
+from fastserve_jax.chips import Chips, Rates, rates_of
 from fastserve_jax.config import load_settings
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.models.config import ModelConfig
@@ -103,6 +103,14 @@ def test_a_model_is_divided_as_far_as_its_kv_heads_go():
         choose_axes(LLAMA3_70B, 16, {"model": 8, "data": 4})
     with pytest.raises(ConfigError, match="no axis expert: data and model"):
         choose_axes(LLAMA3_70B, 16, {"expert": 2})
+
+
+def test_a_chip_that_is_here_has_its_makers_rates():
+    assert rates_of("TPU v5 lite").bandwidth == 819e9
+    h100 = rates_of("NVIDIA H100 80GB HBM3")  # as one was seen to call itself, with 85.0 GB
+    assert h100.bandwidth == 3.352e12 and 80e9 < h100.memory_bytes < 0.95 * 85.1e9
+    with pytest.raises(ConfigError, match="no rates of cpu are known"):
+        rates_of("cpu")
 
 
 def test_how_a_mesh_is_written():
