@@ -146,7 +146,8 @@ def ragged_paged_attention(
     few = 1 if head_dim % 32 == 0 else 2  # the other warps share a head's columns, by eights
     decoded = call(by_head[:, :per_row], few, 1, items, parts)
 
-    many = WARPS if has_wgmma or head_dim <= 128 else 2  # what a thread holds must find room
+    # What a thread holds must find room; without TMA it holds addresses, too.
+    many = WARPS if has_wgmma or head_dim <= (128 if has_tma else 64) else 2
     together = 16 * many // own
     items, item_of = chunk_items(kv_lens, cu_q_lens, distribution, together, tokens)
     chunks = call(by_head, many, together, items, 1)

@@ -166,14 +166,17 @@ class _Kernel:
         """One block of keys, of which those from live[0] to live[1] are there to be seen."""
         rules, (best, total, mixed) = self.rules, carry
         dim, block = rules.head_dim, self.buffer.at[slot]
+        halves = [pl.ds(first, dim) for first in (0, dim)]
         if self.wide is not None:
-            narrow = plgpu.load(block, layout=rules.each_once(), optimized=False)
-            narrow = narrow.astype(jnp.float32)  # fp8 has no shorter way to bf16
-            plgpu.store(self.wide, narrow.astype(rules.dtype), optimized=False)
+            for half in halves:
+                narrow = plgpu.load(block.at[:, half], layout=rules.each_once(), optimized=False)
+                narrow = narrow.astype(jnp.float32)  # fp8 has no shorter way to bf16
+                widened = self.wide.at[:, half]
+                plgpu.store(widened, narrow.astype(rules.dtype), optimized=False)
             block = self.wide
             if rules.by_wgmma:
                 plgpu.commit_smem()
-        keys, values = (block.at[:, pl.ds(first, dim)] for first in (0, dim))
+        keys, values = (block.at[:, half] for half in halves)
         if rules.by_wgmma:
             scores = rules.wgmma(queries, keys.T) * scale
         else:

@@ -65,7 +65,7 @@ def check(line, is_tpu):
         assert line["alias_bytes"] > 0, line
         if is_tpu:
             assert line["temp_bytes"] < 0.1 * line["alias_bytes"], line
-    if line["fast_bytes"] is not None or operation == "attention":  # page copies take none
+    if line["fast_bytes"] or operation == "attention":  # page copies take none
         assert 0 < line["fast_bytes"] < (16 << 20 if is_tpu else 227 << 10), line
     # A few words, not what it multiplies. None: the kernel was compiled for a case before.
     assert (line.get("spilled_bytes") or 0) <= 128, line
