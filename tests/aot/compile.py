@@ -2,6 +2,7 @@
 each: what was compiled, in how long, and how much memory it takes; or the error."""
 
 import json
+import math
 import os
 import re
 import sys
@@ -162,11 +163,13 @@ def main(chip, only=""):
         except Exception as error:
             line["error"] = f"{type(error).__name__}: {error}"[:1000]
         else:
-            memory = compiled.memory_analysis()
+            memory, text = compiled.memory_analysis(), compiled.as_text()
             line["temp_bytes"] = memory.temp_size_in_bytes
             line["argument_bytes"] = memory.argument_size_in_bytes
             line["alias_bytes"] = memory.alias_size_in_bytes
-            kernels = [s for s in compiled.as_text().splitlines() if " custom-call(" in s]
+            kernels = [s for s in text.splitlines() if " custom-call(" in s]
+            if name.startswith("matmul"):
+                line["wide_copies"] = wide_copies(text, shapes[1][0])
             line["kernels"] = len(kernels)
             line["fast_bytes"] = most(FAST_MEMORY, "\n".join(kernels))  # a TPU's VMEM
             if ":" not in chip and kernels:
@@ -175,6 +178,12 @@ def main(chip, only=""):
         print(json.dumps(line), flush=True)
         lines.append(line)
     return lines
+
+
+def wide_copies(text, weight):
+    """Arrays that the program makes of as many elements as its weights have, in a wider type."""
+    made = re.findall(r"= (?:bf16|f16|f32|s32)\[([\d,]+)\]", text[text.index("ENTRY") :])
+    return sum(math.prod(map(int, shape.split(","))) == math.prod(weight) for shape in made)
 
 
 def gpu_kernels():

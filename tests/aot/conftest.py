@@ -4,10 +4,11 @@ COLUMNS = ("seconds", "temp MB", "fast MB", "kernels", "regs", "spilled")  # fas
 
 
 def pytest_terminal_summary(terminalreporter):
-    for report in terminalreporter.getreports(""):
-        for name, lines in report.user_properties:
-            if name == "compiled" and report.when == "call":
-                _table(terminalreporter, lines)
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, lines in report.user_properties:
+                if name == "compiled":
+                    _table(terminalreporter, lines)
 
 
 def _table(terminalreporter, lines):

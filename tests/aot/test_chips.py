@@ -59,8 +59,11 @@ def check(line, is_tpu):
     # A v4 has no products of integers: XLA's own is taken there.
     by_kernel = is_tpu and not (operation == "matmul" and line["chip"].startswith("v4"))
     assert line["kernels"] >= (2 if operation == "attention" else int(by_kernel)), line
-    # A copy of pages, or of weights widened, would be as large; parts of sums are small.
-    assert line["temp_bytes"] < max(0.6 * line["argument_bytes"], 8e6), line
+    # A copy of pages would be as large; parts of sums are small.
+    assert line["temp_bytes"] < max(0.6 * line["argument_bytes"], 16e6), line
+    # Of weights that are scaled by stretch and meet many rows one is made, and read once.
+    is_scaled = line["case"] == "matmul qwen3_prompt_int4" and not is_tpu
+    assert line.get("wide_copies", 0) <= is_scaled, line
     if operation in ("scatter", "write"):
         assert line["alias_bytes"] > 0, line
         if is_tpu:
