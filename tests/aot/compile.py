@@ -182,7 +182,8 @@ def main(chip, only=""):
 
 def wide_copies(text, weight):
     """Arrays that the program makes of as many elements as its weights have, in a wider type."""
-    made = re.findall(r"= (?:bf16|f16|f32|s32)\[([\d,]+)\]", text[text.index("ENTRY") :])
+    entry = text[text.index("ENTRY") :]
+    made = re.findall(r"= (?:bf16|f16|f32|s32)\[([\d,]+)\]\S* (?!bitcast)", entry)
     return sum(math.prod(map(int, shape.split(","))) == math.prod(weight) for shape in made)
 
 
