@@ -151,13 +151,19 @@ def ragged_paged_attention(
     together = 16 * many // own
     items, item_of = chunk_items(kv_lens, cu_q_lens, distribution, together, tokens)
     chunks = call(by_head, many, together, items, 1)
-    place, is_decoded = jnp.arange(tokens) % together, jnp.arange(tokens) < distribution[0]
-    merged = []
-    for one, many in zip(decoded, chunks, strict=True):
-        one = one[:, :, 0]  # [heads, rows, own, ...]
-        rest = ((0, 0), (0, tokens - per_row), *((0, 0),) * (one.ndim - 2))
-        is_one = is_decoded.reshape(1, tokens, *(1,) * (one.ndim - 2))
-        both = jnp.where(is_one, jnp.pad(one, rest), many[:, item_of, place])
-        merged.append(jnp.swapaxes(both, 0, 1).reshape(tokens, num_heads, *both.shape[3:]))
-    out = merged[0].astype(q.dtype)
-    return (out, merged[1]) if with_lse else out
+    place = item_of, jnp.arange(tokens) % together
+    pairs = zip(decoded, chunks, strict=True)
+    out, lse = (_joined(one, chunk, distribution[0], place) for one, chunk in pairs)
+    out = out.astype(q.dtype)
+    return (out, lse) if with_lse else out
+
+
+def _joined(one: jax.Array, chunk: jax.Array, ones: jax.Array, place: Any) -> jax.Array:
+    """Of the first `ones` tokens what lies in `one` [heads, rows, 1, own, ...], of the others what
+    has its place [tokens] in `chunk` [heads, items, together, own, ...]: [tokens, heads, ...]."""
+    tokens, one = len(place[0]), one[:, :, 0]
+    rest = ((0, 0), (0, tokens - one.shape[1]), *((0, 0),) * (one.ndim - 2))
+    is_one = (jnp.arange(tokens) < ones).reshape(1, tokens, *(1,) * (one.ndim - 2))
+    both = jnp.where(is_one, jnp.pad(one, rest), chunk[:, *place])
+    heads, _, own, *shape = both.shape
+    return jnp.swapaxes(both, 0, 1).reshape(tokens, heads * own, *shape)
