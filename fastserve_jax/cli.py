@@ -60,6 +60,8 @@ def serve(
     policy: str | None = None,
     max_context: int | None = None,
     max_slots: int | None = None,
+    mesh: str = "",
+    cpu_devices: int | None = None,
     config: Config = None,
     set_: Set = None,
 ) -> None:
@@ -85,6 +87,11 @@ def serve(
         Tokens of prompt and output that one request may have.
     max_slots
         Requests that run together in one step.
+    mesh
+        model=4,data=2: parts that the model is divided into, and replicas of it; without it as
+        many parts as its KV heads allow, the rest replicas.
+    cpu_devices
+        Devices that a CPU is divided into.
     """
     gc.disable()  # until it is ready: little of what loading makes is garbage
     from fastserve_jax.serve import serve_model
@@ -101,6 +108,8 @@ def serve(
             "engine.policy": policy,
             "engine.max_context": max_context,
             "engine.max_slots": max_slots,
+            "mesh.cpu_devices": cpu_devices,
+            **_mesh(mesh),
         },
     )
     if key:
@@ -261,6 +270,12 @@ def _settings(config: Path | None, sets: list[str], **flags: object) -> Settings
 
     given = [f"{name}={value}" for name, value in flags.items() if value is not None]
     return load_settings(config, [*sets, *given])
+
+
+def _mesh(text: str) -> dict[str, int]:
+    from fastserve_jax.config import parse_mesh
+
+    return {f"mesh.{axis}": size for axis, size in parse_mesh(text).items()}
 
 
 def main(run: Callable[[], object] = app) -> None:

@@ -20,6 +20,7 @@ from fastserve_jax.server.config import ServerConfig
 
 DTYPES = ("auto", "bf16", "int8", "f32")
 SPECULATE = ("auto", "off")
+MESH_AXES = ("data", "model")
 MOST_CONTEXT = 8192  # without being asked for more: a longer context costs slots
 
 
@@ -49,8 +50,16 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class MeshSettings:
+    data: int = 0  # replicas; 0: what the devices leave
+    model: int = 0  # parts of one; 0: as many as suit its KV heads
+    cpu_devices: int = 0  # into which a CPU is divided; 0: as JAX has it, one
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     model: ModelSettings = field(default_factory=ModelSettings)
+    mesh: MeshSettings = field(default_factory=MeshSettings)
     kv: KVSettings = field(default_factory=KVSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -80,6 +89,19 @@ def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Se
         raise ConfigError(f"{path or '--set'}: {error}") from error
     _check_values(settings)
     return settings
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """ "model=4,data=2". Raises ConfigError."""
+    sizes = {}
+    for part in filter(None, text.split(",")):
+        axis, _, size = part.partition("=")
+        if not size.isdecimal() or int(size) == 0:
+            raise ConfigError(f"--mesh {text}: write it as model=4,data=2")
+        if axis.strip() not in MESH_AXES:
+            raise ConfigError(f"--mesh {text}: no axis {axis}: there are {', '.join(MESH_AXES)}")
+        sizes[axis.strip()] = int(size)
+    return sizes
 
 
 def _parse(override: str) -> tuple[list[str], Any]:
@@ -128,6 +150,9 @@ def _check_values(settings: Settings) -> None:
     if settings.model.draft and engine.speculate == "off":
         raise ConfigError("model.draft is for guessing: engine.speculate is off")
     lowest = {
+        "mesh.data": (settings.mesh.data, 0),
+        "mesh.model": (settings.mesh.model, 0),
+        "mesh.cpu_devices": (settings.mesh.cpu_devices, 0),
         "kv.pages": (kv.pages, 0),
         "kv.page_size": (kv.page_size, 1),
         "kv.host_pages": (kv.host_pages, -1),

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from .core.cost import StepLoad
+from .core.replicas import Replicas
 from .core.scheduler import Scheduler
 from .core.stats import Stats
 from .core.types import Ask, DoneEvent, Event, Plan, Proposed, Request, StepResult
@@ -106,7 +107,7 @@ class Engine:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        scheduler: Scheduler | Replicas,
         runner: Runner,
         *,
         overlap: bool = True,
@@ -269,8 +270,11 @@ class Engine:
 
     def _record(self, plan: Plan, elapsed_s: float) -> StepRecord:
         load = plan.load
+        of_each = [own.load for own in plan.replicas or (plan,)]
+        tokens = sum(own.tokens for own in of_each)
+        prefill_tokens = sum(own.prefill_tokens for own in of_each)
         return StepRecord(
-            *(plan.step, len(plan.work), load.tokens, load.prefill_tokens),
+            *(plan.step, len(plan.work), tokens, prefill_tokens),
             *(load, elapsed_s, self._scheduler.stats()),
         )
 

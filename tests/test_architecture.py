@@ -25,6 +25,7 @@ FLOORS = {
     "client": 4,
     "server": 5,
     "draft_model": 5,
+    "reading": 5,
     "planning": 7,
     "config": 6,
     "terminal": 6,

@@ -32,7 +32,7 @@ from .layers import (
     rotate,
     rotation,
 )
-from .parts import HEADS, INNER, WHOLE, Axes, Parts
+from .parts import GATES, HEADS, INNER, QKV, WHOLE, Axes, Parts
 from .precision import Precision
 
 type Array = jax.Array | np.ndarray
@@ -80,7 +80,7 @@ class Attention(nnx.Module):
         size, dtype = config.hidden_size, precision.dtype
         qkv, out = (precision.of(f"{name}.{part}") for part in ("qkv", "out"))
         bias = dtype if config.qkv_bias else None
-        self.qkv = Linear(heads * dim, size, qkv, bias, (HEADS, None), parts)
+        self.qkv = Linear(heads * dim, size, qkv, bias, (QKV, None), parts)
         bias = dtype if config.linear_bias else None
         self.out = Linear(size, config.num_heads * dim, out, bias, (None, HEADS), parts)
         if config.qk_norm:
@@ -139,7 +139,7 @@ class MLP(nnx.Module):
         bias = precision.dtype if config.linear_bias else None
         if config.gated_mlp:
             dtype = precision.of(f"{name}.gate_up")
-            self.gate_up = Linear(2 * inner, size, dtype, bias, (INNER, None), parts)
+            self.gate_up = Linear(2 * inner, size, dtype, bias, (GATES, None), parts)
         else:
             dtype = precision.of(f"{name}.up")
             self.up = Linear(inner, size, dtype, bias, (INNER, None), parts)

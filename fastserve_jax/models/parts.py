@@ -19,7 +19,8 @@ from fastserve_jax.errors import ConfigError
 from .config import ModelConfig
 
 MODEL = "model"  # the mesh axis
-HEADS, INNER, VOCAB = "heads", "inner", "vocab"  # axes of parameters that are divided along it
+# Axes of parameters that are divided along it; the first two are several, behind each other.
+QKV, GATES, HEADS, INNER, VOCAB = "qkv", "gates", "heads", "inner", "vocab"
 
 type Axes = tuple[str | None, ...]
 
@@ -51,6 +52,29 @@ class Parts:
     def _vocab(self, config: ModelConfig) -> int:
         divides = config.vocab_size % self.count == 0
         return config.vocab_size // self.count if divides else config.vocab_size
+
+    def ranges(self, axis: str, config: ModelConfig, part: int) -> tuple[tuple[int, int], ...]:
+        """Where along `axis` of the whole lies what `part` has, in its order."""
+        own, dim, kv_heads = self.of(config), config.head_dim, config.num_kv_heads
+
+        def run(length: int, begin: int = 0) -> tuple[int, int]:
+            """Its share of what begins there, of which each has so much."""
+            return begin + part * length, begin + (part + 1) * length
+
+        heads, inner = run(own.num_heads * dim), run(own.intermediate_size)
+        first = part * kv_heads // self.count
+        keys, values = (
+            (config.num_heads + at + first) * dim for at in (0, kv_heads)
+        )  # where they begin
+        own_kv = own.num_kv_heads * dim
+        of_axis = {
+            QKV: (heads, (keys, keys + own_kv), (values, values + own_kv)),
+            GATES: (inner, run(own.intermediate_size, config.intermediate_size)),
+            HEADS: (heads,),
+            INNER: (inner,),
+            VOCAB: (run(own.vocab_size),),
+        }
+        return of_axis[axis]
 
     def axes(self, *axes: str | None) -> Axes:
         """Those of a parameter, by which it is divided."""

@@ -11,13 +11,12 @@ from jax.sharding import Mesh
 
 from fastserve_jax.chips import Chips
 from fastserve_jax.config import MOST_CONTEXT, Settings
-from fastserve_jax.errors import ConfigError
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import State, abstract, head_of, parameters
 from fastserve_jax.models.parts import MODEL, Parts
 from fastserve_jax.models.precision import Precision
 from fastserve_jax.runtime.memory import FreeMemory, MemoryPlan, accelerator_memory, plan_memory
-from fastserve_jax.runtime.mesh import DATA, make_mesh
+from fastserve_jax.runtime.mesh import DATA, choose_axes, make_mesh
 from fastserve_jax.runtime.shapes import Program
 from fastserve_jax.runtime.step import Steps, StepShape, programs
 from pallas_kernels import KVLayout
@@ -102,32 +101,6 @@ def make_site(
         memory=memory,
         sizes=_sizes(config, parts, empty, shape.layout(own), precision),
     )
-
-
-def choose_axes(config: ModelConfig, devices: int, asked: dict[str, int]) -> dict[str, int]:
-    """Replicas and parts for so many devices. Without being asked: as many parts as divide the
-    model with each KV head on two devices at the most, and the rest replicas."""
-    unknown = asked.keys() - {DATA, MODEL}
-    if unknown:
-        raise ConfigError(f"--mesh has no axis {', '.join(sorted(unknown))}: data and model")
-    if MODEL not in asked:
-        most = devices // asked.get(DATA, 1)
-        model = max(n for n in range(1, most + 1) if most % n == 0 and _divides(config, n))
-    else:
-        model = asked[MODEL]
-        Parts(model).of(config)
-    data = asked.get(DATA, devices // model)
-    if data < 1 or model < 1 or data * model != devices:
-        raise ConfigError(f"a mesh of data={data}, model={model} does not make {devices} devices")
-    return {DATA: data, MODEL: model}
-
-
-def _divides(config: ModelConfig, count: int) -> bool:
-    try:
-        Parts(count).of(config)
-    except ConfigError:
-        return False
-    return count <= 2 * config.num_kv_heads
 
 
 def _precision(dtype: str) -> Precision:

@@ -6,9 +6,10 @@ Parameters come one at a time, so a model never lies in memory twice. Knows noth
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,14 +32,18 @@ from fastserve_jax.weights.pull import Progress, fetch, silent
 _AHEAD = 1  # parameters made ready while one is in use, by a thread
 
 
+type Rows = tuple[int, int]  # from, to
+
+
 class TensorSource(Protocol):
-    """Stored tensors by name; reading one may take a while."""
+    """Stored tensors by name; reading one, or some of its rows, may take a while."""
 
     path: Path
 
     @property
     def tensors(self) -> Mapping[str, object]: ...
-    def read(self, name: str) -> NDArray[Any]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str, rows: Rows | None = None) -> NDArray[Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +72,7 @@ class ModelFiles:
         Raises ModelFileError before the first one if any is missing or a stored tensor would be
         left over, and at the parameter itself if its shape is another.
         """
-        wanted = {name: self._stored(name) for name in shapes}
-        self._check_complete(wanted)
+        wanted = self.check_complete(shapes)
         with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
             ahead: deque[tuple[str, Future[NDArray[Any]]]] = deque()
             try:
@@ -93,7 +97,46 @@ class ModelFiles:
             (f"{part.replace('{i}', number)}.{ending}", part) for part in self._names.parts[pattern]
         )
 
-    def _check_complete(self, wanted: Mapping[str, tuple[tuple[str, str], ...]]) -> None:
+    def blocks(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        most_bytes: int,
+        wants: Callable[[int, int], bool],
+    ) -> Iterator[tuple[int, NDArray[Any]]]:
+        """A parameter by blocks: (row of the whole that the block begins with, its rows). One that
+        `wants` does not want, by its first row and their number, may not be read. Raises
+        ModelFileError as `tensors` does."""
+        first = 0
+        for stored, stem in self._stored(name):
+            if stem in self._names.transforms:  # which knows wholes only
+                whole = self._assemble(((stored, stem),))
+                stored_shape, blocks = whole.shape, iter([(0, whole)])
+            else:
+                stored_shape = self._source.shape(stored)
+                blocks = self._blocks_of(stored, most_bytes, first, wants)
+            if stored_shape[1:] != shape[1:] or first + stored_shape[0] > shape[0]:
+                raise self._misfit(name, (first + stored_shape[0], *stored_shape[1:]), shape)
+            for row, block in blocks:
+                yield first + row, block
+            first += stored_shape[0]
+        if first != shape[0]:
+            raise self._misfit(name, (first, *shape[1:]), shape)
+
+    def _blocks_of(
+        self, stored: str, most_bytes: int, first: int, wants: Callable[[int, int], bool]
+    ) -> Iterator[tuple[int, NDArray[Any]]]:
+        rows, *others = self._source.shape(stored)
+        count = max(1, most_bytes // (4 * math.prod(others)))
+        for row in range(0, rows, count):
+            stop = min(row + count, rows)
+            if wants(first + row, stop - row):
+                yield row, self._source.read(stored, (row, stop))
+
+    def check_complete(self, names: Iterable[str]) -> dict[str, tuple[tuple[str, str], ...]]:
+        """What each is stored as. Raises ModelFileError if any of it is missing, or would be left
+        over."""
+        wanted = {name: self._stored(name) for name in names}
         used = {stored for parts in wanted.values() for stored, _ in parts}
         present = self._source.tensors.keys()
         missing = sorted(used - present)
@@ -106,6 +149,7 @@ class ModelFiles:
             raise ModelFileError(
                 f"{self.path}: {_counted(spare, 'tensor')} unknown to {self.config.family}"
             )
+        return wanted
 
     def _assemble(self, stored: tuple[tuple[str, str], ...]) -> NDArray[Any]:
         try:
@@ -127,11 +171,12 @@ class ModelFiles:
     ) -> tuple[str, NDArray[Any]]:
         array = future.result()
         if array.shape != tuple(shapes[name]):
-            stored = " + ".join(part for part, _ in self._stored(name))
-            raise ModelFileError(
-                f"{self.path}: {stored} makes {name} {array.shape}, expected {shapes[name]}"
-            )
+            raise self._misfit(name, array.shape, shapes[name])
         return name, array
+
+    def _misfit(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> ModelFileError:
+        stored = " + ".join(part for part, _ in self._stored(name))
+        return ModelFileError(f"{self.path}: {stored} makes {name} {found}, expected {wanted}")
 
 
 def _counted(names: list[str], noun: str) -> str:

@@ -9,14 +9,14 @@ import pytest
 from rich.console import Console
 
 from fastserve_jax.chips import Chips, Rates, rates_of
-from fastserve_jax.config import load_settings
+from fastserve_jax.config import load_settings, parse_mesh
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.parts import Parts
 from fastserve_jax.planning import plan, report
-from fastserve_jax.planning.command import parse_mesh
 from fastserve_jax.planning.floor import Sizes
-from fastserve_jax.planning.site import choose_axes, make_site
+from fastserve_jax.planning.site import make_site
+from fastserve_jax.runtime.mesh import choose_axes
 from pallas_kernels import Target, compiling_for
 from tests.models.families import FAMILIES
 
@@ -101,8 +101,8 @@ def test_a_model_is_divided_as_far_as_its_kv_heads_go():
     assert choose_axes(FAMILIES["llama"], 4, {}) == {"data": 2, "model": 2}
     with pytest.raises(ConfigError, match="does not make 16 devices"):
         choose_axes(LLAMA3_70B, 16, {"model": 8, "data": 4})
-    with pytest.raises(ConfigError, match="no axis expert: data and model"):
-        choose_axes(LLAMA3_70B, 16, {"expert": 2})
+    with pytest.raises(ConfigError, match="no axis rows: there are data, model"):
+        parse_mesh("rows=2")
 
 
 def test_a_chip_that_is_here_has_its_makers_rates():

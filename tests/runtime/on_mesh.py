@@ -16,6 +16,7 @@ from fastserve_jax.models.parts import WHOLE, Parts
 from fastserve_jax.models.precision import Precision
 from fastserve_jax.runtime import sampling
 from fastserve_jax.runtime.mesh import make_mesh, over
+from fastserve_jax.runtime.shapes import stacked
 from fastserve_jax.runtime.step import Rows, Steps, StepShape, programs
 from tests.models.families import FAMILIES
 from tests.models.oracle import random_parameters
@@ -85,12 +86,12 @@ def run(steps, shapes, params, batches, drawing, mesh=None):
     pages = [np.full(x.shape, np.nan, x.dtype) for x in forward.args[1]]
     histories = [history for history, _ in batches]
     for step in range(2):
-        batch = joined([two[step] for _, two in batches])
+        batch = stacked([two[step] for _, two in batches])
         leaves = jax.tree.leaves(params)
         pages, hidden = jax.jit(forward.function)(leaves, pages, joined(histories), batch)
     ends = np.array([0, 1, 10, 14], np.int32)
     at = np.array([6, 7, 12, 6], np.int32)
-    rows = joined([Rows(ends, np.arange(4, dtype=np.int32), at)] * replicas)
+    rows = stacked([Rows(ends, np.arange(4, dtype=np.int32), at)] * replicas)
     state = sampling.empty_state(4 * replicas, SHAPE.max_context, steps.config.vocab_size)
     state = state._replace(history=jnp.asarray(joined(histories)))
     state = state._replace(temperature=jnp.asarray([0.0, 0.0, 0.9, 0.9] * replicas, jnp.float32))
@@ -98,7 +99,7 @@ def run(steps, shapes, params, batches, drawing, mesh=None):
         return np.asarray(hidden), np.zeros(0)
     head = head_of(steps.config, params)
     _, drawn = jax.jit(sample.function)(head, state, hidden, rows)
-    return np.asarray(hidden), np.asarray(drawn.tokens)
+    return np.asarray(hidden), np.asarray(drawn.tokens).reshape(-1)
 
 
 def main():
