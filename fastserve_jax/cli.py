@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 from platformdirs import user_cache_path
 
-from fastserve_jax.errors import FastServeError
+from fastserve_jax.errors import FastServeError, GroupLost
 from fastserve_jax.simulation.options import Study
 from fastserve_jax.weights.catalogue import DEFAULT_MODEL
 
@@ -62,6 +62,9 @@ def serve(
     max_slots: int | None = None,
     mesh: str = "",
     cpu_devices: int | None = None,
+    num_hosts: int | None = None,
+    host_id: int | None = None,
+    coordinator: str | None = None,
     config: Config = None,
     set_: Set = None,
 ) -> None:
@@ -91,9 +94,17 @@ def serve(
         model=4,data=2: parts that the model is divided into, and replicas of it; without it as
         many parts as its KV heads allow, the rest replicas.
     cpu_devices
-        Devices that a CPU is divided into.
+        Devices that a CPU is divided into, on each host.
+    num_hosts
+        Hosts that serve together as one, each started with the same command but its --host-id.
+        LeaderWorkerSet, JobSet, GKE's TPU pods, SLURM and SkyPilot say it by themselves.
+    host_id
+        Which of them this is; 0 leads, and is the one that listens.
+    coordinator
+        HOST:PORT by which they meet, on host 0; the port after it is taken, too.
     """
     gc.disable()  # until it is ready: little of what loading makes is garbage
+    from fastserve_jax.group.membership import membership
     from fastserve_jax.serve import serve_model
 
     key = api_key or os.environ.get("FASTSERVE_API_KEY")
@@ -114,7 +125,12 @@ def serve(
     )
     if key:
         settings = replace(settings, server=replace(settings.server, api_keys=(key,)))
-    sys.exit(asyncio.run(serve_model(model, settings, cache_folder(), _BEGAN)))
+    member = membership(os.environ, num_hosts, host_id, coordinator)
+    if not member.leads:
+        from fastserve_jax.follow import follow_model
+
+        sys.exit(follow_model(model, settings, cache_folder(), member))
+    sys.exit(asyncio.run(serve_model(model, settings, cache_folder(), _BEGAN, member)))
 
 
 @app.command
@@ -283,6 +299,9 @@ def main(run: Callable[[], object] = app) -> None:
         run()
     except FastServeError as error:
         print(f"fastserve: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        if isinstance(error, GroupLost):  # jax would wait for the others, and end less clearly
+            os._exit(error.exit_status)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\nstopped after {time.perf_counter() - _BEGAN:.0f} s", file=sys.stderr)

@@ -184,6 +184,15 @@ class Engine:
             self._scheduler.cancel(request.id)
             self._wake.set()
 
+    def abandon(self, why: str) -> None:
+        """Fail every stream at once: the step in flight may never end."""
+        if self._failure is None:
+            self._failure = EngineFailed(why)
+        self._closing = True
+        for stream in self._streams.values():
+            stream.fail(self._failed())
+        self._idle.set()
+
     async def drain(self) -> None:
         """Return when no request is live, or the engine has stopped."""
         await self._idle.wait()
@@ -281,6 +290,8 @@ class Engine:
     def _failed(self) -> EngineFailed:
         if self._failure is None:
             return EngineFailed("the engine is not running")
+        if isinstance(self._failure, EngineFailed):
+            return self._failure
         failed = EngineFailed("the engine stopped: start the server again, its log says why")
         failed.__cause__ = self._failure
         return failed

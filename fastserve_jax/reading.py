@@ -14,7 +14,7 @@ from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import State, abstract, all_axes, fill, parameters
 from fastserve_jax.models.parts import Axes, Parts
 from fastserve_jax.models.precision import Precision
-from fastserve_jax.runtime.mesh import own_parts, placed, spec_of
+from fastserve_jax.runtime.mesh import own_parts, placed, replicas_of, spec_of
 from fastserve_jax.weights.converted import parameters_as
 from fastserve_jax.weights.load import ModelFiles
 from fastserve_jax.weights.pieces import Cut, Parameter, pieces
@@ -28,6 +28,10 @@ class Division:
 
     mesh: Mesh
     parts: Parts
+
+    @property
+    def replicas(self) -> int:
+        return replicas_of(self.mesh)
 
 
 def read(

@@ -26,11 +26,14 @@ FLOORS = {
     "server": 5,
     "draft_model": 5,
     "reading": 5,
+    "group": 4,
+    "fitting": 6,
     "planning": 7,
     "config": 6,
     "terminal": 6,
     "assemble": 6,
     "doctor": 6,
+    "follow": 7,
     "serve": 7,
     "local": 7,
     "cli": 8,
@@ -39,6 +42,9 @@ FLOORS = {
 ALLOWED = {
     ("runtime", "models"): "the step runs the decoder",
     ("assemble", "config"): "it is given the settings",
+    ("fitting", "config"): "it is given the settings",
+    ("assemble", "fitting"): "what is fitted is made",
+    ("serve", "follow"): "all hosts of a group end alike",
 }
 FILES = sorted(
     path

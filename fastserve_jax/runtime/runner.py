@@ -7,11 +7,12 @@ arguments; one worker thread waits for results. Decides nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -54,6 +55,13 @@ class _Pending:
     scored: tuple[ScoredRows, ...]  # by row of `scores`
 
 
+class Watcher(Protocol):
+    """Told of every plan, in order, before it begins and when it has ended."""
+
+    def begins(self, plan: Plan) -> None: ...
+    def ends(self, result: StepResult) -> None: ...
+
+
 class DeviceRunner:
     """Owns pages, slots and parameters on the device, and the host pages. A context manager.
 
@@ -71,6 +79,7 @@ class DeviceRunner:
         host_pages: jax.Array | None = None,
         drafter: Drafter | None = None,
         mesh: Mesh | None = None,
+        watcher: Watcher | None = None,
     ) -> None:
         assert (host_pages is not None) == (shape.host_pages > 0)
         self.shape = shape
@@ -85,6 +94,7 @@ class DeviceRunner:
         if mesh is not None:
             self._state = jax.tree.map(lambda x: alike(mesh, REPLICAS, x), self._state)
         self._lanes = [Lane(shape, config.vocab_size) for _ in range(replicas_of(mesh))]
+        self._watcher = watcher
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="device")
 
     def __enter__(self) -> DeviceRunner:
@@ -104,12 +114,23 @@ class DeviceRunner:
         return sum(pages.nbytes for pages in self._kv_pages) // held
 
     def dispatch(self, plan: Plan) -> Awaitable[StepResult]:
-        pending = self._start(plan)
-        return asyncio.get_running_loop().run_in_executor(self._waiter, _fetch, pending)
+        return asyncio.get_running_loop().run_in_executor(self._waiter, self.begin(plan))
 
     def run(self, plan: Plan) -> StepResult:
         """`dispatch`, waited for: where no event loop runs."""
-        return _fetch(self._start(plan))
+        return self.begin(plan)()
+
+    def begin(self, plan: Plan) -> Callable[[], StepResult]:
+        """Dispatches `plan`; what it returns waits for it, and is called in the same order."""
+        if self._watcher is not None:
+            self._watcher.begins(plan)
+        return partial(self._finish, self._start(plan))
+
+    def _finish(self, pending: _Pending) -> StepResult:
+        result = _fetch(pending)
+        if self._watcher is not None:
+            self._watcher.ends(result)
+        return result
 
     def propose(self, ask: Ask) -> Awaitable[Proposed]:
         """What the draft model says comes next, of sequences whose known tokens are all here."""

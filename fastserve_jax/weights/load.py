@@ -66,6 +66,12 @@ class ModelFiles:
     _names: Names = field(repr=False)
     int8_perplexity: float | None = None
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all that is stored."""
+        files = self.path.glob("*.safetensors") if self.path.is_dir() else [self.path]
+        return sum(file.stat().st_size for file in files)
+
     def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, NDArray[Any]]]:
         """Yields every parameter of `shapes` by name: float32, or float16/bfloat16 as stored.
 
