@@ -18,6 +18,8 @@ def divide_cpu(count: int) -> None:
 
 def join(coordinator: str, num_hosts: int, host_id: int) -> None:
     """Waits for all. Raises GroupLost."""
+    # It would take SIGTERM from whoever wants to end in order.
+    jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
     try:
         jax.distributed.initialize(
             coordinator,
