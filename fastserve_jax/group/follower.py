@@ -10,6 +10,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Protocol
 
 import msgspec
@@ -57,17 +58,20 @@ class Follower:
     def agree(self, facts: Mapping[str, str], limits: Limits) -> Limits:
         """What the leader says. Raises ConfigError if it refuses, GroupLost if it is not there."""
         connection = self._connected()
-        hello = Hello(self.membership.host_id, dict(facts), limits)
-        try:
-            connection.sendall(encode(hello))
-            connection.settimeout(START_S)  # it waits for the others, too
-            answer = receive(connection)
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
-            raise GroupLost(f"host 0 went away before it took this one in: {error}") from error
-        if isinstance(answer, Refused):
-            raise ConfigError(f"host 0 refuses: {answer.why}")
-        if not isinstance(answer, Welcome):
-            raise GroupLost("host 0 went away before it took this one in")
+        with ExitStack() as unless_agreed:
+            unless_agreed.enter_context(connection)
+            hello = Hello(self.membership.host_id, dict(facts), limits)
+            try:
+                connection.sendall(encode(hello))
+                connection.settimeout(START_S)  # it waits for the others, too
+                answer = receive(connection)
+            except (OSError, ValueError, msgspec.MsgspecError) as error:
+                raise GroupLost(f"host 0 went away before it took this one in: {error}") from error
+            if isinstance(answer, Refused):
+                raise ConfigError(f"host 0 refuses: {answer.why}")
+            if not isinstance(answer, Welcome):
+                raise GroupLost("host 0 went away before it took this one in")
+            unless_agreed.pop_all()
         self._link = Link(connection, "host 0", self._hear, self._lost)
         self._link.start()
         return answer.limits

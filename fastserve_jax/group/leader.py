@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 
 import msgspec
@@ -65,6 +66,26 @@ class Leader:
     def agree(self, facts: Mapping[str, str], limits: Limits) -> Limits:
         """Waits for all hosts and gives them the limits that hold on each. Raises ConfigError for
         one that is not alike, GroupLost for those that do not come."""
+        with ExitStack() as unless_agreed:
+            met = self._met(facts, unless_agreed)
+            unless_agreed.pop_all()
+        every = [limits, *(hello.limits for _, hello in met.values())]
+        limits = replace(
+            limits,
+            num_pages=min(of.num_pages for of in every),
+            host_pages=min(of.host_pages for of in every),
+        )
+        for host, (connection, _) in met.items():
+            connection.sendall(encode(Welcome(limits)))
+            self._links[host] = self._link(host, connection)
+        for link in self._links.values():
+            link.start()
+        return limits
+
+    def _met(
+        self, facts: Mapping[str, str], closing: ExitStack
+    ) -> dict[int, tuple[socket.socket, Hello]]:
+        """The other hosts, every one; `closing` will close their connections."""
         met: dict[int, tuple[socket.socket, Hello]] = {}
         until = time.monotonic() + START_S
         with self._listening() as listener:
@@ -79,23 +100,13 @@ class Leader:
                 if hello is None or hello.host_id not in missing:
                     connection.close()  # not one of ours
                     continue
+                closing.enter_context(connection)
                 why = _differs(facts, hello)
                 if why:
                     connection.sendall(encode(Refused(why)))
                     raise ConfigError(f"host {hello.host_id} at {address[0]}: {why}")
                 met[hello.host_id] = connection, hello
-        every = [limits, *(hello.limits for _, hello in met.values())]
-        limits = replace(
-            limits,
-            num_pages=min(of.num_pages for of in every),
-            host_pages=min(of.host_pages for of in every),
-        )
-        for host, (connection, _) in met.items():
-            connection.sendall(encode(Welcome(limits)))
-            self._links[host] = self._link(host, connection)
-        for link in self._links.values():
-            link.start()
-        return limits
+        return met
 
     def _listening(self) -> socket.socket:
         _, port = self.membership.plan_address
@@ -164,8 +175,7 @@ class Leader:
     def close(self) -> None:
         """All is done, and the others may go."""
         for link in self._links.values():
-            link.send(Bye())
-            link.close()
+            link.close(Bye())
 
     def _end(self, why: str) -> None:
         with self._changed:

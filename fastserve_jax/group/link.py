@@ -50,9 +50,11 @@ class Link:
         except OSError as error:
             self._end(_reason(error))
 
-    def close(self) -> None:
-        """What was sent arrives; nothing more is heard."""
+    def close(self, last: Message | None = None) -> None:
+        """What was sent arrives, the `last` word too; that the other end then closes is no loss."""
         self._closed.set()
+        if last is not None:
+            self.send(last)
         with suppress(OSError):  # it was gone already
             self._connection.shutdown(socket.SHUT_WR)
 
@@ -66,6 +68,9 @@ class Link:
             self._end("it closed the connection")
         except (OSError, ValueError, msgspec.MsgspecError) as error:
             self._end(_reason(error))
+        finally:
+            with self._sending:
+                self._connection.close()
 
     def _beat(self) -> None:
         while not self._closed.wait(BEAT_S):

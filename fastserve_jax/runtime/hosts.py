@@ -17,7 +17,9 @@ def divide_cpu(count: int) -> None:
 
 
 def join(coordinator: str, num_hosts: int, host_id: int) -> None:
-    """Waits for all. Raises GroupLost."""
+    """Waits for all; once in a process. Raises GroupLost."""
+    if jax.distributed.is_initialized():
+        return
     # It would take SIGTERM from whoever wants to end in order.
     jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
     try:

@@ -1,0 +1,135 @@
+"""The same tokens on several devices and on several hosts as on one device, for every family, with
+preemption, swapping and steps that overlap."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import closing, contextmanager
+from itertools import compress
+
+import pytest
+
+from tests.weights import synthetic
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "gpt2")
+GREEDY = [number % 3 for number in range(1, 13)]  # of on_devices.requests
+MESHES = {
+    "two parts": (2, 2, 1),
+    "two replicas of two parts": (4, 2, 2),
+    "four parts, a KV head on two": (4, 4, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """As GGUF files and as folders, by turns."""
+    folder = tmp_path_factory.mktemp("models")
+    made = []
+    for number, family in enumerate(FAMILIES):
+        arrays = synthetic.parameters(family, seed=number)
+        if number % 2:
+            config = synthetic.folder_config(family)
+            stored = synthetic.folder_tensors(family, arrays)
+            made.append(synthetic.write_folder(folder / family, config, stored, shards=2))
+        else:
+            stored = synthetic.gguf_tensors(family, arrays)
+            made.append(synthetic.write_gguf(folder / f"{family}.gguf", family, stored))
+    return [str(path) for path in made]
+
+
+@contextmanager
+def started(models, cache, sets, member=(1, 0, "")):
+    """Killed if it is still there at the end."""
+    asked = {"sets": sets, "cache": str(cache)}
+    asked |= dict(zip(("num_hosts", "host_id", "coordinator"), member, strict=True))
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.serve.on_devices", json.dumps(asked), *models],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def told(process):
+    out, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-3000:]
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    return {line["model"]: line for line in lines}
+
+
+def on_one_host(models, cache, sets):
+    with started(models, cache, sets) as process:
+        return told(process)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def alone(models, cache):
+    return on_one_host(models, cache, [])
+
+
+def meshed(devices, model, data):
+    return [f"mesh.cpu_devices={devices}", f"mesh.model={model}", f"mesh.data={data}"]
+
+
+@pytest.fixture(scope="module")
+def replicas(models, cache):
+    """The model whole on each of two devices. One CPU device alone draws by kernels of its own,
+    other tokens than XLA; what is drawn is compared with this."""
+    return on_one_host(models, cache, meshed(2, 1, 2))
+
+
+def check(found, mesh):
+    assert found.keys() == set(FAMILIES)
+    for line in found.values():
+        assert line["mesh"] == mesh
+        assert line["preemptions"] > 0, "nobody was preempted"
+        assert line["pages_out"] > 0, "nothing was swapped"
+
+
+def greedy(line):
+    return list(compress(line["tokens"], GREEDY))
+
+
+def test_two_replicas_as_one_device(replicas, alone):
+    check(alone, None)
+    check(replicas, {"data": 2, "model": 1})
+    for family, line in replicas.items():
+        assert greedy(line) == greedy(alone[family]), family
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_on_several_devices_as_on_one(models, cache, replicas, name):
+    devices, model, data = MESHES[name]
+    found = on_one_host(models, cache, meshed(devices, model, data))
+    check(found, {"data": data, "model": model})
+    for family, line in found.items():
+        assert line["tokens"] == replicas[family]["tokens"], family
+
+
+@pytest.mark.parametrize(("model", "data"), [(4, 1), (2, 2)])
+def test_on_two_hosts_as_on_one(models, cache, replicas, model, data):
+    """Parts on both hosts; and each host a replica, whose tokens the other must be told."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as free:
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    sets = meshed(2, model, data)
+    with (
+        started(models, cache, sets, (2, 0, coordinator)) as leader,
+        started(models, cache, sets, (2, 1, coordinator)) as follower,
+    ):
+        found = told(leader)
+        assert told(follower) == {}
+    check(found, {"data": data, "model": model})
+    for family, line in found.items():
+        assert line["tokens"] == replicas[family]["tokens"], family
