@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -32,17 +34,25 @@ def follow_model(
     asked = _Asked(follower)
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, asked)
-    with Bars() as bars:
-        placed, _ = place(reference, settings, cache_dir, lambda _: None, bars, follower)
-    asked.is_loaded = True
-    console.print(f"host {membership.host_id} of {membership.num_hosts} follows host 0")
-    with placed.runner as runner:
-        try:
+    with all_or_none():
+        with Bars() as bars:
+            placed, _ = place(reference, settings, cache_dir, lambda _: None, bars, follower)
+        asked.is_loaded = True
+        console.print(f"host {membership.host_id} of {membership.num_hosts} follows host 0")
+        with placed.runner as runner:
             follower.follow(runner)
-        except jax.errors.JaxRuntimeError as error:  # as a rule for want of another host
-            raise GroupLost(f"a step did not end here: {error}") from error
     part()
     return 0
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """A program that fails on one host of a group fails on all, as a rule for want of one."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        time.sleep(LAST_WORDS_S)  # who is missing is known by then, and the process at its end
+        raise GroupLost(f"a step failed here: {error}") from error
 
 
 class _Asked:

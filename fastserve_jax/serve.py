@@ -11,12 +11,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 from fastserve_jax.assemble import Loaded, load
 from fastserve_jax.config import Settings
 from fastserve_jax.engine import Engine
-from fastserve_jax.follow import end_with_group
+from fastserve_jax.follow import all_or_none, end_with_group
 from fastserve_jax.group.leader import Leader
 from fastserve_jax.group.membership import Membership
 from fastserve_jax.metrics import Metrics
@@ -52,7 +53,7 @@ async def serve_model(
         if server.done():
             server.result()  # raises what kept it from listening, before anything is loaded
         with Bars() as bars:
-            loading = _in_thread(lambda: load(reference, settings, cache_dir, bars, leader))
+            loading = _in_thread(lambda: _loaded(reference, settings, cache_dir, bars, leader))
             both: set[asyncio.Future[bool] | asyncio.Future[Loaded]] = {server, loading}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
@@ -87,6 +88,13 @@ async def serve_model(
     finally:
         stop.set()
         await asyncio.wait({server})
+
+
+def _loaded(
+    reference: str, settings: Settings, cache_dir: Path, bars: Bars, leader: Leader | None
+) -> Loaded:
+    with all_or_none() if leader is not None else nullcontext():
+        return load(reference, settings, cache_dir, bars, leader)
 
 
 def _leader(
