@@ -20,7 +20,7 @@ from fastserve_jax.server.config import ServerConfig
 
 DTYPES = ("auto", "bf16", "int8", "f32")
 SPECULATE = ("auto", "off")
-MESH_AXES = ("data", "model")
+MESH_AXES = ("data", "expert", "model")
 MOST_CONTEXT = 8192  # without being asked for more: a longer context costs slots
 
 
@@ -52,7 +52,8 @@ class EngineSettings:
 @dataclass(frozen=True, slots=True)
 class MeshSettings:
     data: int = 0  # replicas; 0: what the devices leave
-    model: int = 0  # parts of one; 0: as many as suit its KV heads
+    expert: int = 0  # groups of a model's experts in each; 0: as many as divide them
+    model: int = 0  # parts of each; 0: as many as suit the KV heads
     cpu_devices: int = 0  # into which a CPU is divided; 0: as JAX has it, one
 
 
@@ -151,6 +152,7 @@ def _check_values(settings: Settings) -> None:
         raise ConfigError("model.draft is for guessing: engine.speculate is off")
     lowest = {
         "mesh.data": (settings.mesh.data, 0),
+        "mesh.expert": (settings.mesh.expert, 0),
         "mesh.model": (settings.mesh.model, 0),
         "mesh.cpu_devices": (settings.mesh.cpu_devices, 0),
         "kv.pages": (kv.pages, 0),

@@ -5,20 +5,20 @@ From settings, files and what memory there is. Allocates nothing, compiles nothi
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fastserve_jax.config import MOST_CONTEXT, EngineSettings, ModelSettings, Settings
+from fastserve_jax.config import MESH_AXES, MOST_CONTEXT, EngineSettings, ModelSettings, Settings
 from fastserve_jax.core.sequence import Limits
 from fastserve_jax.draft_model import DraftModel, open_draft, plan_draft
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import Decoder, State, abstract
-from fastserve_jax.models.parts import MODEL, WHOLE, Parts
+from fastserve_jax.models.parts import WHOLE, Parts
 from fastserve_jax.models.precision import Precision
 from fastserve_jax.reading import Division
 from fastserve_jax.runtime.memory import (
@@ -28,7 +28,7 @@ from fastserve_jax.runtime.memory import (
     plan_host_pages,
     plan_memory,
 )
-from fastserve_jax.runtime.mesh import DATA, choose_axes, make_mesh
+from fastserve_jax.runtime.mesh import choose_axes, make_mesh, slices_of
 from fastserve_jax.runtime.step import Steps, StepShape
 from fastserve_jax.weights.load import ModelFiles
 from fastserve_jax.weights.pull import Progress
@@ -120,12 +120,13 @@ def find_draft(
 
 def _division(config: ModelConfig, settings: Settings) -> Division | None:
     devices = jax.devices()
-    axes = choose_axes(config, len(devices), asdict(settings.mesh))
+    asked = {axis: getattr(settings.mesh, axis) for axis in MESH_AXES}
+    axes = choose_axes(config, len(devices), asked, slices_of(devices))
     if len(devices) == 1:
         return None
     if settings.model.draft:
         raise ConfigError(f"model.draft is for one device, and there are {len(devices)}")
-    return Division(make_mesh(devices, axes[DATA], axes[MODEL]), Parts(axes[MODEL]))
+    return Division(make_mesh(devices, **axes))
 
 
 def _memory(

@@ -14,7 +14,7 @@ from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import State, abstract, all_axes, fill, parameters
 from fastserve_jax.models.parts import Axes, Parts
 from fastserve_jax.models.precision import Precision
-from fastserve_jax.runtime.mesh import own_parts, placed, replicas_of, spec_of
+from fastserve_jax.runtime.mesh import own_parts, parts_of, placed, replicas_of, spec_of
 from fastserve_jax.weights.converted import parameters_as
 from fastserve_jax.weights.load import ModelFiles
 from fastserve_jax.weights.pieces import Cut, Parameter, pieces
@@ -27,7 +27,11 @@ class Division:
     """Of a model among the devices of a mesh."""
 
     mesh: Mesh
-    parts: Parts
+
+    @property
+    def parts(self) -> Parts:
+        """Of each replica."""
+        return parts_of(self.mesh)
 
     @property
     def replicas(self) -> int:
@@ -77,9 +81,9 @@ def _divided(
 
 
 def _cuts(config: ModelConfig, parts: Parts, axes: Axes, own: list[int]) -> tuple[Cut, ...]:
+    if not any(axes):
+        return ()
     return tuple(
-        Cut(at, parts.ranges(axis, config, part))
+        Cut(tuple(parts.ranges(axis, config, part) if axis else None for axis in axes))
         for part in own
-        for at, axis in enumerate(axes)
-        if axis is not None
     )

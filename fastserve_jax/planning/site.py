@@ -13,10 +13,10 @@ from fastserve_jax.chips import Chips
 from fastserve_jax.config import MOST_CONTEXT, Settings
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import State, abstract, head_of, parameters
-from fastserve_jax.models.parts import MODEL, Parts
+from fastserve_jax.models.parts import Parts
 from fastserve_jax.models.precision import Precision
 from fastserve_jax.runtime.memory import FreeMemory, MemoryPlan, accelerator_memory, plan_memory
-from fastserve_jax.runtime.mesh import DATA, choose_axes, make_mesh
+from fastserve_jax.runtime.mesh import DATA, choose_axes, make_mesh, parts_of
 from fastserve_jax.runtime.shapes import Program
 from fastserve_jax.runtime.step import Steps, StepShape, programs
 from pallas_kernels import KVLayout
@@ -64,8 +64,9 @@ def make_site(
 ) -> Site:
     """Raises ConfigError for a mesh that cannot be, DoesNotFit where more pages are asked for than
     there is room; where not even one request fits, its pages are planned all the same."""
-    axes = choose_axes(config, len(found.devices), asked)
-    parts, precision = Parts(axes[MODEL]), _precision(settings.model.dtype)
+    axes = choose_axes(config, len(found.devices), asked, found.slices)
+    mesh = make_mesh(found.devices, **axes)
+    parts, precision = parts_of(mesh), _precision(settings.model.dtype)
     graph, empty = abstract(config, precision, parts)
     engine, own = settings.engine, parts.of(config)
     max_context = min(config.max_context, engine.max_context or MOST_CONTEXT)
@@ -94,7 +95,7 @@ def make_site(
         name=name,
         chip=chip,
         chips=found,
-        mesh=make_mesh(found.devices, axes[DATA], axes[MODEL]),
+        mesh=mesh,
         precision=precision,
         steps=Steps(graph, config, shape, parts),
         empty=empty,
@@ -116,16 +117,15 @@ def _sizes(
 ) -> Sizes:
     head = head_of(config, empty)
     looked_up = {"embed", "positions"} - ({"embed"} if config.tied_head else set())
-    matrices = [
-        (name, leaf)
-        for name, leaf in parameters(empty).items()
-        if name.startswith("layers.") and leaf.ndim == 2
-    ]
+    matrices = [leaf for name, leaf in parameters(empty).items() if name.startswith("layers.")]
+    experts = [leaf for leaf in matrices if leaf.ndim == 3]
     return Sizes(
         config=config,
         parts=parts,
         weight_bytes=_bytes(empty),
-        matrix_elements=sum(leaf.size for _, leaf in matrices),
+        matrix_elements=sum(leaf.size for leaf in matrices if leaf.ndim == 2),
+        expert_bytes=_bytes(experts),
+        expert_elements=sum(leaf.size for leaf in experts),
         head_elements=head.weight.size,
         embed_bytes=sum(
             _bytes(leaf)

@@ -1,7 +1,8 @@
 """Programs over a mesh of devices: what lies where, and the same program on each for its share.
 
     data    replicas: each has its own slots, pages and rows of a step, all numbered from 0
-    model   the parts of one replica; see models/parts.py
+    expert  groups of a replica's experts, and
+    model   the parts of each, both of all else; see models/parts.py
 
 A program is written for one device, with the shapes that one has; here it becomes the program of
 all, with the shapes of all. What the host gives it or is told by it is there once for each replica:
@@ -11,13 +12,15 @@ Knows no particular program.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 import jax
 import numpy as np
 from jax import lax
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as Spec
 from jax.typing import DTypeLike
@@ -25,11 +28,14 @@ from numpy.typing import NDArray
 
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.models.config import ModelConfig
-from fastserve_jax.models.parts import MODEL, Axes, Parts
+from fastserve_jax.models.parts import EXPERT, EXPERT_INNER, EXPERTS, MODEL, Axes, Parts
 
 from .shapes import Program, like
 
 DATA = "data"
+_PARTS = (EXPERT, MODEL)
+_SPLITTING = {"allow_split_physical_axes": True}
+_RULES = {EXPERTS: EXPERT, EXPERT_INNER: MODEL}  # from what a parameter is divided by to the mesh
 
 
 def _spec(*axes: str | tuple[str, ...] | None) -> Spec:
@@ -37,35 +43,72 @@ def _spec(*axes: str | tuple[str, ...] | None) -> Spec:
 
 
 REPLICAS = _spec(DATA)  # anything with a row for each slot, token or page of a replica
-PAGES = _spec(DATA, MODEL)  # as KVLayout says
-HOST_PAGES = _spec((DATA, MODEL))  # each device's behind each other
+PAGES = _spec(DATA, _PARTS)  # as KVLayout says
+HOST_PAGES = _spec((DATA, *_PARTS))  # each device's behind each other
 HOST: Final = "host"  # what the host gives, or is told
 
 
-def make_mesh(devices: Sequence[Any], data: int, model: int) -> Mesh:
-    """Neighbours, as jax lists them, are parts of one replica."""
-    return Mesh(np.array(devices).reshape(data, model), (DATA, MODEL))
-
-
-def choose_axes(config: ModelConfig, devices: int, asked: Mapping[str, int]) -> dict[str, int]:
-    """Replicas and parts for so many devices. Without being asked (0): as many parts as divide the
-    model with each KV head on two devices at the most, and the rest replicas. Raises ConfigError
-    for a mesh that cannot be."""
-    data, model = (asked.get(axis, 0) for axis in (DATA, MODEL))
-    if model:
-        Parts(model).of(config)
+def make_mesh(devices: Sequence[Any], data: int, model: int, expert: int = 1) -> Mesh:
+    """As near to each other as devices can be, what is parts of one replica, and of one group of
+    experts; of several slices, which are far from each other, each has whole replicas."""
+    slices = slices_of(devices)
+    assert data % slices == 0, "a replica is within one slice"
+    if devices[0].platform != "tpu":
+        made = np.array(devices).reshape(data, expert, model)
+    elif slices > 1:
+        within, between = (data // slices, expert, model), (slices, 1, 1)
+        made = mesh_utils.create_hybrid_device_mesh(within, between, devices, **_SPLITTING)
     else:
-        most = devices // (data or 1)
-        model = max((n for n in range(1, most + 1) if _divides(config, most, n)), default=1)
-    data = data or devices // model
-    if data < 1 or data * model != devices:
-        raise ConfigError(f"a mesh of data={data}, model={model} does not make {devices} devices")
-    return {DATA: data, MODEL: model}
+        made = mesh_utils.create_device_mesh((data, expert, model), devices, **_SPLITTING)
+    return Mesh(made, (DATA, EXPERT, MODEL))
+
+
+def slices_of(devices: Sequence[Any]) -> int:
+    """Of a TPU, joined by the data centre's network."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def parts_of(mesh: Mesh) -> Parts:
+    return Parts(mesh.shape[EXPERT] * mesh.shape[MODEL], mesh.shape[EXPERT])
+
+
+def choose_axes(
+    config: ModelConfig, devices: int, asked: Mapping[str, int], slices: int = 1
+) -> dict[str, int]:
+    """Replicas and parts for so many devices. Without being asked (0): as many parts as divide the
+    model with each KV head on two devices at the most, experts divided whole as far as they go,
+    and the rest replicas, of which every slice has as many. Raises ConfigError for a mesh that
+    cannot be."""
+    data, expert, model = (asked.get(axis, 0) for axis in (DATA, *_PARTS))
+    most = devices // (data or slices)
+    if not (expert and model):
+        known = expert or model or 1
+        counts = [n for n in range(known, most + 1, known) if _divides(config, most, n)]
+        count = max(counts, default=known)
+        if not model:
+            expert = expert or _groups(config, count)
+            model = count // expert
+        else:
+            expert = _groups(config, count // model)
+    Parts(expert * model, expert).of(config)
+    data = data or devices // (expert * model)
+    if data < 1 or data * expert * model != devices:
+        named = f"data={data}, expert={expert}, model={model}"
+        raise ConfigError(f"a mesh of {named} does not make {devices} devices")
+    if data % slices:
+        raise ConfigError(f"{data} replicas do not divide among {slices} slices")
+    return {DATA: data, EXPERT: expert, MODEL: model}
+
+
+def _groups(config: ModelConfig, parts: int) -> int:
+    """Of experts: as many as divide them and the parts."""
+    return math.gcd(config.num_experts, parts) if config.num_experts else 1
 
 
 def _divides(config: ModelConfig, devices: int, count: int) -> bool:
+    """Experts do, whole, before their inner columns."""
     try:
-        Parts(count).of(config)
+        Parts(count, _groups(config, count)).of(config)
     except ConfigError:
         return False
     return devices % count == 0 and count <= 2 * config.num_kv_heads
@@ -76,8 +119,7 @@ def replicas_of(mesh: Mesh | None) -> int:
 
 
 def spec_of(axes: Axes) -> Spec:
-    """The rule from what a parameter is divided by to the mesh: all of it is among the parts."""
-    return _spec(*(axis and MODEL for axis in axes))
+    return _spec(*(axis and _RULES.get(axis, _PARTS) for axis in axes))
 
 
 def over(program: Program, mesh: Mesh) -> Program:
@@ -179,7 +221,7 @@ def placed(
     sharding = NamedSharding(mesh, spec, memory_kind=kind)
     here = sharding.addressable_devices
     arrays = []
-    for (_, part), device in np.ndenumerate(mesh.devices):
+    for device, part in _numbered(mesh):
         if device in here:
             there = SingleDeviceSharding(device, memory_kind=kind)
             arrays.append(jax.device_put(of_part(part), there))
@@ -190,5 +232,11 @@ def placed(
 def own_parts(mesh: Mesh) -> list[int]:
     """Those of a replica that devices of this process have."""
     own = jax.process_index()
-    found = {at[1] for at, device in np.ndenumerate(mesh.devices) if device.process_index == own}
-    return sorted(found)
+    return sorted({part for device, part in _numbered(mesh) if device.process_index == own})
+
+
+def _numbered(mesh: Mesh) -> Iterator[tuple[jax.Device, int]]:
+    """Each device, and which part of its replica it has."""
+    for replica in mesh.devices:
+        for part, device in enumerate(replica.flat):
+            yield device, part

@@ -99,9 +99,12 @@ class ModelFiles:
         stem, _, ending = name.rpartition(".")
         pattern = stem.replace(f".{number}.", ".{i}.", 1) if layer else stem
         assert pattern in self._names.parts, f"no rule for {name} in {self._names.parts.keys()}"
-        return tuple(
-            (f"{part.replace('{i}', number)}.{ending}", part) for part in self._names.parts[pattern]
-        )
+        stored = []
+        for part in self._names.parts[pattern]:
+            known = part.replace("{i}", number)
+            count = self.config.num_experts if "{e}" in part else 1
+            stored += [(f"{known.replace('{e}', str(e))}.{ending}", part) for e in range(count)]
+        return tuple(stored)
 
     def blocks(
         self,
@@ -118,6 +121,10 @@ class ModelFiles:
             if stem in self._names.transforms:  # which knows wholes only
                 whole = self._assemble(((stored, stem),))
                 stored_shape, blocks = whole.shape, iter([(0, whole)])
+            elif stem in self._names.experts:
+                *several, out, size = self._source.shape(stored)
+                stored_shape = (several[0] if several else 1, size, out)
+                blocks = self._experts_of(stored, bool(several), stored_shape[0], first, wants)
             else:
                 stored_shape = self._source.shape(stored)
                 blocks = self._blocks_of(stored, most_bytes, first, wants)
@@ -138,6 +145,20 @@ class ModelFiles:
             stop = min(row + count, rows)
             if wants(first + row, stop - row):
                 yield row, self._source.read(stored, (row, stop))
+
+    def _experts_of(
+        self,
+        stored: str,
+        are_several: bool,
+        count: int,
+        first: int,
+        wants: Callable[[int, int], bool],
+    ) -> Iterator[tuple[int, NDArray[Any]]]:
+        """One after the other."""
+        for expert in range(count):
+            if wants(first + expert, 1):
+                rows = (expert, expert + 1) if are_several else None
+                yield expert, _expert(self._source.read(stored, rows))
 
     def check_complete(self, names: Iterable[str]) -> dict[str, tuple[tuple[str, str], ...]]:
         """What each is stored as. Raises ModelFileError if any of it is missing, or would be left
@@ -163,7 +184,8 @@ class ModelFiles:
             for name, stem in stored:
                 part = self._source.read(name)
                 transform = self._names.transforms.get(stem)
-                parts.append(transform(part, self.config) if transform else part)
+                part = transform(part, self.config) if transform else part
+                parts.append(_expert(part) if stem in self._names.experts else part)
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
         except ValueError as error:  # a reshape or a concatenation that does not work out
             names = ", ".join(name for name, _ in stored)
@@ -183,6 +205,11 @@ class ModelFiles:
     def _misfit(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> ModelFileError:
         stored = " + ".join(part for part, _ in self._stored(name))
         return ModelFileError(f"{self.path}: {stored} makes {name} {found}, expected {wanted}")
+
+
+def _expert(matrix: NDArray[Any]) -> NDArray[Any]:
+    """[out, in], or several of them -> [experts, in, out]."""
+    return (matrix if matrix.ndim == 3 else matrix[None]).swapaxes(1, 2)
 
 
 def _counted(names: list[str], noun: str) -> str:

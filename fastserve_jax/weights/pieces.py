@@ -19,34 +19,35 @@ from .quantise import to_int8
 _BLOCK_BYTES = 16 << 20
 
 
+type Ranges = tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What one part has of a parameter: these ranges along `axis`, behind each other."""
+    """What one part has of a parameter: along each axis these ranges, behind each other, or all."""
 
-    axis: int
-    ranges: tuple[tuple[int, int], ...]
-
-    @property
-    def length(self) -> int:
-        return sum(stop - start for start, stop in self.ranges)
+    axes: tuple[Ranges | None, ...]
 
     def of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (*shape[: self.axis], self.length, *shape[self.axis + 1 :])
+        runs = zip(self.axes, shape, strict=True)
+        return tuple(size if run is None else sum(b - a for a, b in run) for run, size in runs)
 
     def take(self, piece: NDArray[Any], block: NDArray[Any], row: int) -> None:
         """Into `piece` what it has of the rows of the whole from `row` on."""
+        for axis, ranges in enumerate(self.axes[1:], 1):
+            if ranges is not None:
+                runs = [block[(slice(None),) * axis + (slice(*run),)] for run in ranges]
+                block = runs[0] if len(runs) == 1 else np.concatenate(runs, axis)
         at = 0
-        for start, stop in self.ranges:
-            if self.axis == 0:
-                low, high = max(start, row), min(stop, row + len(block))
-                if low < high:
-                    piece[at + low - start : at + high - start] = block[low - row : high - row]
-            else:
-                piece[row : row + len(block), at : at + stop - start] = block[:, start:stop]
+        for start, stop in self.axes[0] or ((0, row + len(block)),):
+            low, high = max(start, row), min(stop, row + len(block))
+            if low < high:
+                piece[at + low - start : at + high - start] = block[low - row : high - row]
             at += stop - start
 
     def wants(self, row: int, count: int) -> bool:
-        return self.axis != 0 or any(a < row + count and row < b for a, b in self.ranges)
+        rows = self.axes[0]
+        return rows is None or any(a < row + count and row < b for a, b in rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def pieces(
 def _read(
     files: ModelFiles, name: str, parameter: Parameter, dtype: DTypeLike
 ) -> list[NDArray[Any]]:
-    cuts = parameter.cuts or (Cut(0, ((0, parameter.shape[0]),)),)
+    cuts = parameter.cuts or (Cut((None,) * len(parameter.shape)),)
     made = [np.empty(cut.of(parameter.shape), dtype) for cut in cuts]
     for row, block in files.blocks(name, parameter.shape, _BLOCK_BYTES, _wanted_by(cuts)):
         for cut, piece in zip(cuts, made, strict=True):

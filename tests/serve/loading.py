@@ -15,7 +15,6 @@ os.environ |= {"JAX_PLATFORMS": "cpu"}
 import jax
 import jax.numpy as jnp
 
-from fastserve_jax.models.parts import Parts
 from fastserve_jax.models.precision import Precision
 from fastserve_jax.reading import Division, read
 from fastserve_jax.runtime.hosts import join, part
@@ -33,7 +32,7 @@ def most_bytes():
 def main(folder, host, coordinator):
     join(coordinator, HOSTS, int(host))
     files = open_model(folder, Path("nowhere"))
-    division = Division(make_mesh(jax.devices(), 1, HOSTS), Parts(HOSTS))
+    division = Division(make_mesh(jax.devices(), 1, HOSTS))
     params = read(files, Precision(jnp.bfloat16), division, Path("nowhere"), lambda *_: None)
     leaves = jax.block_until_ready(jax.tree.leaves(params))
     held = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)

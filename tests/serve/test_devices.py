@@ -13,30 +13,33 @@ import pytest
 
 from tests.weights import synthetic
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "gpt2")
+DENSE = ("llama", "qwen2", "qwen3", "gemma3", "gpt2")
+FAMILIES = (*DENSE, *synthetic.WITH_EXPERTS)
 GREEDY = [number % 3 for number in range(1, 13)]  # of on_devices.requests
-MESHES = {
-    "two parts": (2, 2, 1),
-    "two replicas of two parts": (4, 2, 2),
-    "four parts, a KV head on two": (4, 4, 1),
+MESHES = {  # devices, and the mesh; the last two for experts alone
+    "two parts": (2, {"model": 2}),
+    "two replicas of two parts": (4, {"data": 2, "model": 2}),
+    "four parts, a KV head on two": (4, {"model": 4}),
+    "two groups of experts in two parts": (4, {"expert": 2, "model": 2}),
+    "four groups of experts": (4, {"expert": 4}),
 }
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """As GGUF files and as folders, by turns."""
+    """Paths by family: GGUF files and folders, by turns."""
     folder = tmp_path_factory.mktemp("models")
-    made = []
+    made = {}
     for number, family in enumerate(FAMILIES):
         arrays = synthetic.parameters(family, seed=number)
         if number % 2:
             config = synthetic.folder_config(family)
             stored = synthetic.folder_tensors(family, arrays)
-            made.append(synthetic.write_folder(folder / family, config, stored, shards=2))
+            made[family] = synthetic.write_folder(folder / family, config, stored, shards=2)
         else:
             stored = synthetic.gguf_tensors(family, arrays)
-            made.append(synthetic.write_gguf(folder / f"{family}.gguf", family, stored))
-    return [str(path) for path in made]
+            made[family] = synthetic.write_gguf(folder / f"{family}.gguf", family, stored)
+    return {family: str(path) for family, path in made.items()}
 
 
 @contextmanager
@@ -45,7 +48,7 @@ def started(models, cache, sets, member=(1, 0, "")):
     asked = {"sets": sets, "cache": str(cache)}
     asked |= dict(zip(("num_hosts", "host_id", "coordinator"), member, strict=True))
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.serve.on_devices", json.dumps(asked), *models],
+        [sys.executable, "-m", "tests.serve.on_devices", json.dumps(asked), *models.values()],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -79,21 +82,23 @@ def alone(models, cache):
     return on_one_host(models, cache, [])
 
 
-def meshed(devices, model, data):
-    return [f"mesh.cpu_devices={devices}", f"mesh.model={model}", f"mesh.data={data}"]
+def meshed(devices, mesh):
+    """Settings; what is not in `mesh` is one."""
+    axes = {"data": 1, "expert": 1, "model": 1} | mesh
+    return [f"mesh.cpu_devices={devices}", *(f"mesh.{axis}={size}" for axis, size in axes.items())]
 
 
 @pytest.fixture(scope="module")
 def replicas(models, cache):
     """The model whole on each of two devices. One CPU device alone draws by kernels of its own,
     other tokens than XLA; what is drawn is compared with this."""
-    return on_one_host(models, cache, meshed(2, 1, 2))
+    return on_one_host(models, cache, meshed(2, {"data": 2}))
 
 
-def check(found, mesh):
-    assert found.keys() == set(FAMILIES)
+def check(found, families, mesh):
+    assert found.keys() == set(families)
     for line in found.values():
-        assert line["mesh"] == mesh
+        assert line["mesh"] == (mesh and {"data": 1, "expert": 1, "model": 1} | mesh)
         assert line["preemptions"] > 0, "nobody was preempted"
         assert line["pages_out"] > 0, "nothing was swapped"
 
@@ -103,33 +108,35 @@ def greedy(line):
 
 
 def test_two_replicas_as_one_device(replicas, alone):
-    check(alone, None)
-    check(replicas, {"data": 2, "model": 1})
+    check(alone, FAMILIES, None)
+    check(replicas, FAMILIES, {"data": 2})
     for family, line in replicas.items():
         assert greedy(line) == greedy(alone[family]), family
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_on_several_devices_as_on_one(models, cache, replicas, name):
-    devices, model, data = MESHES[name]
-    found = on_one_host(models, cache, meshed(devices, model, data))
-    check(found, {"data": data, "model": model})
+    devices, mesh = MESHES[name]
+    families = synthetic.WITH_EXPERTS if "expert" in mesh else FAMILIES
+    some = {family: models[family] for family in families}
+    found = on_one_host(some, cache, meshed(devices, mesh))
+    check(found, families, mesh)
     for family, line in found.items():
         assert line["tokens"] == replicas[family]["tokens"], family
 
 
-@pytest.mark.parametrize(("model", "data"), [(4, 1), (2, 2)])
-def test_on_two_hosts_as_on_one(models, cache, replicas, model, data):
+@pytest.mark.parametrize("mesh", [{"model": 4}, {"data": 2, "model": 2}])
+def test_on_two_hosts_as_on_one(models, cache, replicas, mesh):
     """Parts on both hosts; and each host a replica, whose tokens the other must be told."""
     with closing(socket.create_server(("127.0.0.1", 0))) as free:
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    sets = meshed(2, model, data)
+    sets = meshed(2, mesh)
     with (
         started(models, cache, sets, (2, 0, coordinator)) as leader,
         started(models, cache, sets, (2, 1, coordinator)) as follower,
     ):
         found = told(leader)
         assert told(follower) == {}
-    check(found, {"data": data, "model": model})
+    check(found, FAMILIES, mesh)
     for family, line in found.items():
         assert line["tokens"] == replicas[family]["tokens"], family

@@ -15,7 +15,8 @@ from fastserve_jax.weights.load import open_folder, open_gguf
 from fastserve_jax.weights.pieces import Cut, Parameter, pieces
 from tests.weights import synthetic
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "gpt2")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "gpt2", "mixtral", "qwen3_moe")
+DIVIDED = {2: (2, 2), 4: (4, 2)}  # parts, and groups of experts in them
 
 
 def gguf_model(path, family, arrays, **how):
@@ -32,7 +33,9 @@ def folder_model(path, family, arrays):
 
 def wanted(config, count, dtype=jnp.float32, int8=False):
     """What every part has of each parameter, as the decoder says."""
-    precision, parts = Precision(dtype, int8), Parts(count)
+    parts, groups = DIVIDED[count]
+    precision = Precision(dtype, int8)
+    parts = Parts(parts, groups if config.num_experts else 1)
     whole = parameters(abstract(config, precision)[1])
     own = abstract(config, precision, parts)[1]
     axes = dict(zip(parameters(own), all_axes(own), strict=True))
@@ -41,10 +44,8 @@ def wanted(config, count, dtype=jnp.float32, int8=False):
             of.shape,
             of.dtype,
             tuple(
-                Cut(at, parts.ranges(axis, config, part))
-                for part in range(count)
-                for at, axis in enumerate(axes[name])
-                if axis
+                Cut(tuple(axis and parts.ranges(axis, config, part) for axis in axes[name]))
+                for part in range(count if any(axes[name]) else 0)
             ),
         )
         for name, of in whole.items()
@@ -55,9 +56,10 @@ def cut(array, parameter, part):
     """By hand."""
     if not parameter.cuts:
         return array
-    own = parameter.cuts[part]
-    rows = np.concatenate([np.arange(*run) for run in own.ranges])
-    return array[rows] if own.axis == 0 else array[:, rows]
+    for axis, ranges in enumerate(parameter.cuts[part].axes):
+        if ranges is not None:
+            array = array.take(np.concatenate([np.arange(*run) for run in ranges]), axis)
+    return array
 
 
 @pytest.fixture(autouse=True)
