@@ -36,7 +36,7 @@ from .messages import (
 )
 from .tokens import Tally
 
-START_S = 600.0  # for all hosts to be there: each finds and may download the model by itself
+START_S = 1800.0  # for all hosts to be there: each finds and may download the model by itself
 _HELLO_S = 10.0  # from a connection to its first word
 
 

@@ -19,7 +19,8 @@ def as_json(planned: list[Planned]) -> str:
 
 def show(planned: list[Planned], rates: Rates, console: Console) -> None:
     first = planned[0]
-    mesh = " x ".join(f"{count} {axis}" for axis, count in first.mesh.items())
+    axes = {axis: count for axis, count in first.mesh.items() if count > 1 or axis != "expert"}
+    mesh = " x ".join(f"{count} {axis}" for axis, count in axes.items())
     lines = [f"[bold]{first.model}[/] on {first.chip}: {_devices(first)}, {mesh}"]
     for step in planned:
         lines.append(_memory(step))

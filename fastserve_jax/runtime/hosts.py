@@ -6,7 +6,7 @@ import jax
 
 from fastserve_jax.errors import GroupLost
 
-_START_S = 600  # for all hosts to be there
+_START_S = 1800  # for all hosts to be there
 _SILENCE_S = 60  # jax ends a process whose peer is gone; whoever else watches should be sooner
 _END_S = 10
 
