@@ -134,6 +134,60 @@ def serve(
 
 
 @app.command
+def fleet(
+    model: str = DEFAULT_MODEL,
+    /,
+    *,
+    replicas: int | None = None,
+    max_replicas: int | None = None,
+    hosts: int | None = None,
+    ray_address: str = "",
+    host: str | None = None,
+    port: int | None = None,
+    config: Config = None,
+    set_: Set = None,
+) -> None:
+    """Serve MODEL by several replicas on Ray, behind one address (the extra `ray`).
+
+    Parameters
+    ----------
+    model
+        As for `serve`; every node must be able to read it.
+    replicas
+        Servers, each with the whole model.
+    max_replicas
+        As many while requests queue.
+    hosts
+        Hosts of one replica, which serve together as one.
+    ray_address
+        Of a Ray cluster; auto finds the one that this machine belongs to. Without it Ray starts
+        here, with this machine alone.
+    host
+        Address to listen on; 0.0.0.0 for all.
+    port
+        Port to listen on.
+    """
+    try:
+        from fastserve_jax.fleet.command import run_fleet
+    except ModuleNotFoundError as error:
+        from fastserve_jax.errors import ConfigError
+
+        raise ConfigError("a fleet needs Ray: pip install 'fastserve-jax[ray]'") from error
+    settings = _settings(
+        config,
+        set_ or [],
+        **{
+            "fleet.replicas": replicas,
+            "fleet.max_replicas": max_replicas,
+            "fleet.hosts": hosts,
+            "server.host": host,
+            "server.port": port,
+        },
+    )
+    sys.exit(asyncio.run(run_fleet(model, settings, cache_folder(), ray_address)))
+
+
+@app.command
 def generate(
     prompt: str,
     model: str = DEFAULT_MODEL,

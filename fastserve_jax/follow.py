@@ -32,8 +32,9 @@ def follow_model(
     """Follow host 0 until it ends. Returns the exit status; raises OperatorErrors."""
     follower = Follower(membership, end_with_group)
     asked = _Asked(follower)
-    for kind in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(kind, asked)
+    if threading.current_thread() is threading.main_thread():  # elsewhere they are somebody else's
+        for kind in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(kind, asked)
     with all_or_none():
         with Bars() as bars:
             placed, _ = place(reference, settings, cache_dir, lambda _: None, bars, follower)

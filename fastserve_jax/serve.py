@@ -34,13 +34,15 @@ async def serve_model(
     cache_dir: Path,
     began: float,
     membership: Membership | None = None,
+    stop: asyncio.Event | None = None,
+    on_ready: Callable[[str], None] = lambda url: None,
 ) -> int:
-    """Serve until a signal. Returns the exit status; raises OperatorErrors. With a `membership` of
-    several hosts, as the one that leads.
+    """Serve until a signal or `stop`. Returns the exit status; raises OperatorErrors. With a
+    `membership` of several hosts, as the one that leads.
 
     `began` is when the person began to wait, by time.perf_counter.
     """
-    stop = asyncio.Event()
+    stop = stop or asyncio.Event()
     metrics = Metrics(reference)
     state = ServerState(settings.server, metrics)
     url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -70,6 +72,7 @@ async def serve_model(
                 gc.enable()
                 state.ready(_served(loaded, engine))
                 address = await url
+                on_ready(address)
                 console.print(
                     ready_lines(
                         loaded.name,

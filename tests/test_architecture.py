@@ -35,8 +35,9 @@ FLOORS = {
     "doctor": 6,
     "follow": 7,
     "serve": 7,
+    "fleet": 8,
     "local": 7,
-    "cli": 8,
+    "cli": 9,
 }
 # Which part of a room another one on its floor may use, and why.
 ALLOWED = {

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import replace
 
 from ..errors import Overloaded
 from .cost import StepLoad
 from .prefix import extend_chain
 from .scheduler import Scheduler
-from .stats import Stats
+from .stats import Stats, together
 from .types import Ask, DoneEvent, Event, Plan, Proposed, Request, StepResult
 
 _FIRST_GUESS = 128  # tokens of an answer, before any has ended
 _GAIN = 0.02
 _NOTHING = Plan(-1, (), ())
-_SHARES = ("cost_error", "page_bytes")  # alike in all; everything else adds up
 
 
 class Replicas:
@@ -124,15 +123,8 @@ class Replicas:
     def stats(self) -> Stats:
         """Of all together."""
         every = [scheduler.stats() for scheduler in self._schedulers]
-        made = {f.name: [getattr(stats, f.name) for stats in every] for f in fields(Stats)}
-        levels = tuple(map(sum, zip(*made.pop("levels"), strict=True)))
-        numbers = made.pop("policy")
-        policy = {name: sum(n[name] for n in numbers) / len(numbers) for name in numbers[0]}
-        whole = {
-            name: values[0] if name in _SHARES else sum(values) for name, values in made.items()
-        }
-        steps = {"steps": self._step, "busy_s": max(made["busy_s"])}
-        return Stats(**(whole | steps), levels=levels, policy=policy)
+        busy_s = max(stats.busy_s for stats in every)
+        return replace(together(every), steps=self._step, busy_s=busy_s)
 
     def check(self) -> None:
         """Raise AssertionError when the books do not balance: for tests."""
