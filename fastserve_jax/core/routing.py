@@ -42,8 +42,8 @@ class Router:
         return self._loads[replica]
 
     def add(self, replica: str) -> None:
-        """From now on; what a former one of that name had computed is gone with it."""
-        self.remove(replica)
+        """From now on. A name is used once: what is remembered of it is gone with who had it."""
+        assert replica not in self._loads, f"{replica} is there"
         self._replicas.append(replica)
         self._loads[replica] = 0.0
 

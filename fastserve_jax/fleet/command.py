@@ -104,7 +104,7 @@ async def _scale(front: Front, replicas: Replicas, settings: Settings) -> None:
             elif idle >= SHRINK_LOOKS and there > least:
                 idle = 0
                 console.print(f"{busy} requests are there: {there - 1} replicas")
-                await replicas.retire([*replicas.replicas.values()][-1])
+                await replicas.retire(replicas.replicas[-1])
 
 
 async def _waiting(session: aiohttp.ClientSession, url: str) -> float:

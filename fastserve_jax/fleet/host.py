@@ -10,6 +10,7 @@ import asyncio
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from socket import create_server
@@ -20,13 +21,13 @@ from fastserve_jax.group.membership import Membership
 
 
 class Host:
-    """An actor's class. Its methods are called from several threads at once."""
+    """An actor's class. Its methods are called from several threads at once; were one of them a
+    coroutine, Ray would run all of them on one loop."""
 
     def __init__(self) -> None:
         self._url: str | None = None
         self._changed = threading.Condition()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
+        self._stop: Callable[[], object] = lambda: None
 
     def coordinator(self) -> str:
         """An address for hosts of a group to meet at, if this one leads: two free ports."""
@@ -51,7 +52,7 @@ class Host:
         status = 1
         try:
             if membership.leads:
-                status = asyncio.run(self._serve(reference, settings, cache_dir, membership))
+                status = asyncio.run(_serve(self, reference, settings, cache_dir, membership))
             else:
                 from fastserve_jax.follow import follow_model
 
@@ -62,20 +63,10 @@ class Host:
         finally:
             os._exit(status)
 
-    async def _serve(
-        self, reference: str, settings: Settings, cache_dir: Path, membership: Membership
-    ) -> int:
-        from fastserve_jax.serve import serve_model
+    def running(self, stop: Callable[[], object]) -> None:
+        self._stop = stop
 
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        began = time.perf_counter()
-        return await serve_model(
-            *(reference, settings, cache_dir, began, membership),
-            stop=self._stop,
-            on_ready=self._ready,
-        )
-
-    def _ready(self, url: str) -> None:
+    def ready(self, url: str) -> None:
         with self._changed:
             self._url = url
             self._changed.notify_all()
@@ -90,8 +81,7 @@ class Host:
 
     def stop(self) -> None:
         """In order: what was accepted is finished."""
-        if self._loop is not None and self._stop is not None:
-            self._loop.call_soon_threadsafe(self._stop.set)
+        self._stop()
 
     def process(self) -> int:
         return os.getpid()
@@ -99,6 +89,17 @@ class Host:
     def outlive(self) -> None:
         """Never returns: whoever waits for it hears when the process is gone."""
         threading.Event().wait()
+
+
+async def _serve(
+    host: Host, reference: str, settings: Settings, cache_dir: Path, membership: Membership
+) -> int:
+    from fastserve_jax.serve import serve_model
+
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    host.running(lambda: loop.call_soon_threadsafe(stop.set))
+    arguments = (reference, settings, cache_dir, time.perf_counter(), membership)
+    return await serve_model(*arguments, stop=stop, on_ready=host.ready)
 
 
 def _own_address() -> str:

@@ -28,9 +28,11 @@ STOP_S = 40.0  # for one that is asked to stop: longer than it takes to drain
 _log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Replica:
-    name: str
+    """`name` is another with every start: what was known of who had it is gone."""
+
+    name: str = ""
     url: str = ""  # while it is ready
     task: asyncio.Task[None] | None = None
     hosts: tuple[Any, ...] = ()
@@ -54,15 +56,14 @@ class Replicas:
         server = replace(settings.server, host="0.0.0.0", port=0)
         self._settings = replace(settings, server=server)
         self._joined, self._left = joined, left
-        self.replicas: dict[str, Replica] = {}
+        self.replicas: list[Replica] = []
         self.restarts = 0
         self._named = 0
 
     def grow(self) -> Replica:
-        replica = Replica(f"replica {self._named}")
-        self._named += 1
-        self.replicas[replica.name] = replica
-        replica.task = asyncio.create_task(self._keep(replica), name=replica.name)
+        replica = Replica()
+        self.replicas.append(replica)
+        replica.task = asyncio.create_task(self._keep(replica))
         return replica
 
     async def retire(self, replica: Replica) -> None:
@@ -76,14 +77,15 @@ class Replicas:
         if not done:
             replica.task.cancel()
             await asyncio.wait({replica.task})
-        self.replicas.pop(replica.name, None)
+        self.replicas.remove(replica)
 
     async def close(self) -> None:
-        await asyncio.gather(*(self.retire(replica) for replica in [*self.replicas.values()]))
+        await asyncio.gather(*(self.retire(replica) for replica in [*self.replicas]))
 
     async def _keep(self, replica: Replica) -> None:
         wait_s = 1.0
         while not replica.retiring:
+            replica.name, self._named = f"replica {self._named}", self._named + 1
             group = placement_group(self._bundles(), strategy=self._fleet.placement)
             try:
                 was_ready = await self._live(replica, group)
@@ -124,7 +126,7 @@ class Replicas:
             why = str(error).partition("\n")[0]
         was_ready = bool(replica.url)
         if not replica.retiring:
-            _log.warning("%s is gone and starts again: %s", replica.name, why)
+            _log.warning("%s is gone, another is started: %s", replica.name, why)
         self._leave(replica, why)
         return was_ready
 

@@ -78,16 +78,18 @@ def test_not_to_those_it_must_not(policy):
     assert Router(policy).route(chain("ab"), 1, 16) is None
 
 
-def test_one_that_is_gone_gets_nothing_and_comes_back_empty():
+def test_one_that_is_gone_gets_nothing_and_who_comes_instead_has_nothing():
     router = made(count=2)
     home = router.route(chain("abcd"), 10, 16)
     other = {"r0": "r1", "r1": "r0"}[home]
     router.remove(home)
     assert {router.route(chain("abcd"), 1, 16) for _ in range(9)} == {other}
     router.ended(home, 10)  # late, and of no consequence
-    router.add(home)
-    assert router.load(home) == 0
+    router.add("r2")
+    assert router.load("r2") == 0
     assert len(router) == 2
+    router.ended(other, 9)
+    assert router.route(chain("abcd"), 1, 16) == other
 
 
 def test_what_is_remembered_is_bounded(monkeypatch):
@@ -107,6 +109,7 @@ def test_what_is_remembered_is_bounded(monkeypatch):
 def test_loads_are_what_was_routed_and_has_not_ended(policy, moves):
     router = made(policy)
     running: list[tuple[str, int]] = []
+    there, made_since = ["r0", "r1", "r2"], 1
     for kind, text, tokens in moves:
         if kind < 3:
             replica = router.route(chain(text), tokens, 16)
@@ -114,7 +117,10 @@ def test_loads_are_what_was_routed_and_has_not_ended(policy, moves):
         elif kind < 5 and running:
             router.ended(*running.pop(0))
         elif kind == 5:
-            router.add("r1")  # started again
-            running = [run for run in running if run[0] != "r1"]
-        for replica in ("r0", "r1", "r2"):
+            gone, fresh = there.pop(0), f"r{len(there) + made_since}"
+            made_since += 1
+            router.remove(gone)
+            router.add(fresh)
+            there.append(fresh)
+        for replica in there:
             assert router.load(replica) == sum(t for name, t in running if name == replica)
