@@ -105,4 +105,4 @@ async def _serve(
 def _own_address() -> str:
     import ray
 
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+    return str(ray.util.get_node_ip_address())

@@ -27,6 +27,7 @@ from fastserve_jax.weights.hub import fetch_snapshot
 from fastserve_jax.weights.huggingface import Folder
 from fastserve_jax.weights.huggingface_config import read_config_file, read_sampling
 from fastserve_jax.weights.names import Names
+from fastserve_jax.weights.orbax import is_checkpoint, read_model
 from fastserve_jax.weights.pull import Progress, fetch, silent
 
 _AHEAD = 1  # parameters made ready while one is in use, by a thread
@@ -69,8 +70,8 @@ class ModelFiles:
     @property
     def size_bytes(self) -> int:
         """Of all that is stored."""
-        files = self.path.glob("*.safetensors") if self.path.is_dir() else [self.path]
-        return sum(file.stat().st_size for file in files)
+        files = self.path.rglob("*") if self.path.is_dir() else [self.path]
+        return sum(file.stat().st_size for file in files if file.is_file())
 
     def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, NDArray[Any]]]:
         """Yields every parameter of `shapes` by name: float32, or float16/bfloat16 as stored.
@@ -262,12 +263,17 @@ def open_config(
         name = reference.removeprefix("hf:")
         return name, read_config_file(fetch_snapshot(name, ("config.json",)) / "config.json")[0]
     if path.is_dir():
-        return path.resolve().name, read_config_file(path / "config.json")[0]
+        own = is_checkpoint(path)
+        return path.resolve().name, (read_model if own else _config_of)(path)[0]
     if path.suffix == ".json" and path.is_file():
         name = path.resolve().parent.name if path.name == "config.json" else path.stem
         return name, read_config_file(path)[0]
     files = open_model(reference, cache_dir, progress)
     return files.name, files.config
+
+
+def _config_of(folder: Path) -> tuple[ModelConfig, Names]:
+    return read_config_file(folder / "config.json")
 
 
 def open_gguf(path: Path, name: str) -> ModelFiles:
@@ -291,8 +297,13 @@ def open_gguf(path: Path, name: str) -> ModelFiles:
 
 
 def open_folder(path: Path, name: str) -> ModelFiles:
-    """Opens a Hugging Face folder. Raises ModelFileError."""
-    config, names = read_config_file(path / "config.json")
+    """Opens a folder of Hugging Face's, or one of our own. Raises ModelFileError."""
+    source: TensorSource
+    if is_checkpoint(path):
+        config, names, source = read_model(path)
+    else:
+        config, names = read_config_file(path / "config.json")
+        source = Folder(path, names)
     return ModelFiles(
         name=name,
         path=path,
@@ -301,6 +312,6 @@ def open_folder(path: Path, name: str) -> ModelFiles:
         notice="",
         tokenizer_source=path,
         sampling=read_sampling(path),
-        _source=Folder(path, names),
+        _source=source,
         _names=names,
     )

@@ -160,3 +160,6 @@ HF_GPT2 = Names(
     },
     (".attn.bias", ".attn.masked_bias"),  # the causal mask, kept as a buffer
 )
+
+# As the decoder has them, and experts' matrices [in, out].
+CANONICAL = Names({name: (name,) for name in {**_GGUF_PARTS, **_GGUF_EXPERTS}})

@@ -11,6 +11,8 @@ from itertools import compress
 
 import pytest
 
+from fastserve_jax.weights.load import open_gguf
+from fastserve_jax.weights.orbax import write_model
 from tests.weights import synthetic
 
 DENSE = ("llama", "qwen2", "qwen3", "gemma3", "gpt2")
@@ -27,18 +29,22 @@ MESHES = {  # devices, and the mesh; the last two for experts alone
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Paths by family: GGUF files and folders, by turns."""
+    """Paths by family: GGUF files, Hugging Face's folders and our own, by turns."""
     folder = tmp_path_factory.mktemp("models")
     made = {}
     for number, family in enumerate(FAMILIES):
         arrays = synthetic.parameters(family, seed=number)
-        if number % 2:
+        stored = synthetic.gguf_tensors(family, arrays)
+        file = synthetic.write_gguf(folder / f"{family}.gguf", family, stored)
+        if number % 3 == 1 and family != "gpt2":
             config = synthetic.folder_config(family)
             stored = synthetic.folder_tensors(family, arrays)
             made[family] = synthetic.write_folder(folder / family, config, stored, shards=2)
+        elif number % 3 == 2:
+            write_model(folder / family, open_gguf(file, family).config, arrays)
+            made[family] = folder / family
         else:
-            stored = synthetic.gguf_tensors(family, arrays)
-            made[family] = synthetic.write_gguf(folder / f"{family}.gguf", family, stored)
+            made[family] = file
     return {family: str(path) for family, path in made.items()}
 
 
