@@ -16,13 +16,14 @@ from cyclopts import App, Parameter
 from platformdirs import user_cache_path
 
 from fastserve_jax.errors import FastServeError, GroupLost
+from fastserve_jax.group.membership import HostFlags, membership
 from fastserve_jax.simulation.options import Study
 from fastserve_jax.weights.catalogue import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from fastserve_jax.config import Settings
 
-_STUDY = Study()
+_STUDY, _HOSTS = Study(), HostFlags()
 _BEGAN = time.perf_counter()  # what a person waits for includes importing
 
 app = App(
@@ -36,6 +37,16 @@ Set = Annotated[
     Parameter(name="--set", negative=(), help="A setting, as section.name=value; may be repeated."),
 ]
 Config = Annotated[Path | None, Parameter(help="A TOML file of settings (see configs/serve/).")]
+Mesh = Annotated[
+    str,
+    Parameter(
+        help="model=4,data=2: parts that the model is divided into, and replicas of it; expert=8: "
+        "groups of its experts. Without it as many parts as suit the model, the rest replicas."
+    ),
+]
+CpuDevices = Annotated[
+    int | None, Parameter(help="Devices that a CPU is divided into, on each host.")
+]
 Dtype = Annotated[
     str | None, Parameter(help="auto, bf16, int8 or f32: of weights; KV pages are bf16, or f32.")
 ]
@@ -60,11 +71,9 @@ def serve(
     policy: str | None = None,
     max_context: int | None = None,
     max_slots: int | None = None,
-    mesh: str = "",
-    cpu_devices: int | None = None,
-    num_hosts: int | None = None,
-    host_id: int | None = None,
-    coordinator: str | None = None,
+    mesh: Mesh = "",
+    cpu_devices: CpuDevices = None,
+    hosts: Annotated[HostFlags, Parameter(name="*")] = _HOSTS,
     config: Config = None,
     set_: Set = None,
 ) -> None:
@@ -90,21 +99,8 @@ def serve(
         Tokens of prompt and output that one request may have.
     max_slots
         Requests that run together in one step.
-    mesh
-        model=4,data=2: parts that the model is divided into, and replicas of it; without it as
-        many parts as its KV heads allow, the rest replicas.
-    cpu_devices
-        Devices that a CPU is divided into, on each host.
-    num_hosts
-        Hosts that serve together as one, each started with the same command but its --host-id.
-        LeaderWorkerSet, JobSet, GKE's TPU pods, SLURM and SkyPilot say it by themselves.
-    host_id
-        Which of them this is; 0 leads, and is the one that listens.
-    coordinator
-        HOST:PORT by which they meet, on host 0; the port after it is taken, too.
     """
     gc.disable()  # until it is ready: little of what loading makes is garbage
-    from fastserve_jax.group.membership import membership
     from fastserve_jax.serve import serve_model
 
     key = api_key or os.environ.get("FASTSERVE_API_KEY")
@@ -125,7 +121,7 @@ def serve(
     )
     if key:
         settings = replace(settings, server=replace(settings.server, api_keys=(key,)))
-    member = membership(os.environ, num_hosts, host_id, coordinator)
+    member = membership(os.environ, hosts)
     if not member.leads:
         from fastserve_jax.follow import follow_model
 
@@ -285,7 +281,7 @@ def plan(
     /,
     *,
     chip: str,
-    mesh: str = "",
+    mesh: Mesh = "",
     context: int | None = None,
     slots: int | None = None,
     dtype: Dtype = None,
@@ -304,8 +300,6 @@ def plan(
     chip
         v4, v5e, v5p, v6e or tpu7x with a topology (v5e:2x2), or a100, h100, h200 or b200 and how
         many (h100x8).
-    mesh
-        model=4,data=2; without it as many parts as the model's KV heads allow, the rest replicas.
     context
         Tokens of prompt and output that one request may have.
     slots

@@ -14,8 +14,7 @@ a thousand replicas as among three. Knows names of beginnings, no texts; randomn
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
-from random import Random
+from collections.abc import Callable, Hashable, Sequence
 
 POLICIES = ("prefix", "least", "round-robin")
 MOST_BEGINNINGS = 1 << 18  # that are remembered; a replica has forgotten older ones, too
@@ -23,13 +22,15 @@ _MOST_HOMES = 4  # replicas that are remembered for one
 _DRAWN = 2
 
 
+type Draw = Callable[[Sequence[str], int], Sequence[str]]  # so many different ones, by lot
+
+
 class Router:
     """`tokens` of a request are its prompt's and what it is expected to produce."""
 
-    def __init__(self, policy: str = "prefix", random: Random | None = None) -> None:
+    def __init__(self, policy: str, draw: Draw) -> None:
         assert policy in POLICIES, policy
-        self._policy = policy
-        self._random = random or Random(0)
+        self._policy, self._draw = policy, draw
         self._replicas: list[str] = []
         self._loads: dict[str, float] = {}
         self._homes: OrderedDict[Hashable, tuple[str, ...]] = OrderedDict()
@@ -84,7 +85,7 @@ class Router:
         known = self._known(beginnings) if self._policy == "prefix" else {}
         there = self._loads if len(allowed) == len(self._replicas) else allowed
         known = {replica: blocks for replica, blocks in known.items() if replica in there}
-        drawn = allowed if len(allowed) <= _DRAWN else self._random.sample(allowed, _DRAWN)
+        drawn = allowed if len(allowed) <= _DRAWN else self._draw(allowed, _DRAWN)
         loads = self._loads
         return min(
             (*known, *drawn),

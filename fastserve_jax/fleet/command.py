@@ -6,6 +6,7 @@ How many there are follows the queue: one more while requests wait, one less whi
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import signal
 from pathlib import Path
@@ -36,7 +37,7 @@ async def run_fleet(reference: str, settings: Settings, cache_dir: Path, ray_add
     loop = asyncio.get_running_loop()
     for kind in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(kind, stop.set)
-    async with Front(Router(fleet.router), settings.server.max_body_bytes) as front:
+    async with Front(Router(fleet.router, random.sample), settings.server.max_body_bytes) as front:
 
         def joined(replica: Replica) -> None:
             front.add(replica.name, replica.url)

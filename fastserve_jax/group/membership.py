@@ -15,6 +15,26 @@ from fastserve_jax.errors import ConfigError
 PORT = 8476  # of jax's coordinator; plans go by the one after it
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostFlags:
+    """As they are typed.
+
+    Attributes
+    ----------
+    num_hosts
+        Hosts that serve together as one, each started with the same command but its --host-id.
+        LeaderWorkerSet, GKE's TPU pods, SLURM and SkyPilot say it by themselves.
+    host_id
+        Which of them this is; 0 leads, and is the one that listens.
+    coordinator
+        HOST:PORT by which they meet, on host 0; the port after it is taken, too.
+    """
+
+    num_hosts: int | None = None
+    host_id: int | None = None
+    coordinator: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Membership:
     """`coordinator` is HOST:PORT of host 0, which leads."""
@@ -35,14 +55,10 @@ class Membership:
         return host.strip("[]"), int(port) + 1
 
 
-def membership(
-    environment: Mapping[str, str],
-    num_hosts: int | None = None,
-    host_id: int | None = None,
-    coordinator: str | None = None,
-) -> Membership:
+def membership(environment: Mapping[str, str], flags: HostFlags = HostFlags()) -> Membership:
     """Flags over the environment, which is asked one orchestrator after the other. One host where
     nobody speaks of more. Raises ConfigError for what does not make a group."""
+    num_hosts, host_id, coordinator = flags.num_hosts, flags.host_id, flags.coordinator
     if not (num_hosts is None and host_id is None and not coordinator):
         if num_hosts == 1:
             return Membership()

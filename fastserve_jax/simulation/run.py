@@ -293,7 +293,7 @@ def _simulate_replicas(
     blocks = workload.blocks
     return simulate_replicas(
         [scheduler() for _ in range(cell.replicas)],
-        Router(cell.router, Random(cell.seed)),
+        Router(cell.router, Random(cell.seed).sample),
         workload.arrivals(limits.num_pages * limits.page_size),
         workload.lengths(),
         cell.device,

@@ -39,7 +39,7 @@ def load(count, every_s, seed=0, groups=0):
 def run(replicas, arrivals, lengths, router="least", beginnings=lambda _: (), policy="fcfs"):
     return simulate_replicas(
         [scheduler(policy) for _ in range(replicas)],
-        Router(router, Random(0)),
+        Router(router, Random(0).sample),
         arrivals,
         lengths,
         DEVICE,

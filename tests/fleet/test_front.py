@@ -3,6 +3,7 @@ is lost without a word, and nothing that was answered is asked again."""
 
 import asyncio
 import json
+import random
 from contextlib import asynccontextmanager
 
 import aiohttp
@@ -91,7 +92,7 @@ class Replica:
 async def fleet(*hows, policy="round-robin"):
     """-> a session at the front, the front, the replicas."""
     replicas = [Replica(f"r{number}", how) for number, how in enumerate(hows)]
-    async with Front(Router(policy), 1 << 20) as front:
+    async with Front(Router(policy, random.sample), 1 << 20) as front:
         for replica in replicas:
             await replica.server.start_server()
             front.add(replica.name, str(replica.server.make_url("")).rstrip("/"))

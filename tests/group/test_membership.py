@@ -3,7 +3,7 @@
 import pytest
 
 from fastserve_jax.errors import ConfigError
-from fastserve_jax.group.membership import Membership, membership
+from fastserve_jax.group.membership import HostFlags, Membership, membership
 
 LWS = {
     "LWS_LEADER_ADDRESS": "pod-0.pods.default",
@@ -70,16 +70,20 @@ def test_one_host_where_nobody_speaks_of_more(environment):
     assert membership(environment) == Membership()
 
 
+def flags(num_hosts, host_id, coordinator):
+    return HostFlags(num_hosts=num_hosts, host_id=host_id, coordinator=coordinator)
+
+
 def test_flags_go_before_the_environment():
-    found = membership(LWS, 2, 1, "here:5")
+    found = membership(LWS, flags(2, 1, "here:5"))
     assert found == Membership(2, 1, "here:5", "flags")
     assert found.plan_address == ("here", 6)
-    assert membership(LWS, num_hosts=1) == Membership()
-    assert membership({}, 2, 0, "[::1]:5").plan_address == ("::1", 6)
+    assert membership(LWS, HostFlags(num_hosts=1)) == Membership()
+    assert membership({}, flags(2, 0, "[::1]:5")).plan_address == ("::1", 6)
 
 
 @pytest.mark.parametrize(
-    ("flags", "reason"),
+    ("given", "reason"),
     [
         ((2, None, None), "go together"),
         ((2, 1, None), "go together"),
@@ -92,9 +96,9 @@ def test_flags_go_before_the_environment():
         ((2, 0, "a:65535"), "not HOST:PORT"),  # there is none after it
     ],
 )
-def test_what_makes_no_group(flags, reason):
+def test_what_makes_no_group(given, reason):
     with pytest.raises(ConfigError, match=reason):
-        membership({}, *flags)
+        membership({}, flags(*given))
 
 
 def test_an_odd_environment_is_named():

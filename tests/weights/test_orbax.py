@@ -66,7 +66,7 @@ def test_a_folder_is_written_once_and_whole(tmp_path):
     path, config, arrays = written(tmp_path, "llama")
     with pytest.raises(FileExistsError):
         write_model(path, config, arrays)
-    with pytest.raises(ValueError, match="Unsupported type"):
+    with pytest.raises(ValueError, match="TypeHandler lookup failed"):
         write_model(tmp_path / "other", config, {"embed.weight": object()})
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["gguf", "model"]
 
