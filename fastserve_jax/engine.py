@@ -193,6 +193,11 @@ class Engine:
             stream.fail(self._failed())
         self._idle.set()
 
+    async def ended(self) -> None:
+        """Return when the engine has stopped, for whatever reason."""
+        assert self._task is not None, "enter the engine first"
+        await asyncio.wait({self._task})
+
     async def drain(self) -> None:
         """Return when no request is live, or the engine has stopped."""
         await self._idle.wait()

@@ -73,6 +73,9 @@ async def serve_model(
                 state.ready(_served(loaded, engine))
                 address = await url
                 on_ready(address)
+                if leader is not None:
+                    watching = asyncio.create_task(_watch(engine, leader), name="watch")
+                    server.add_done_callback(lambda _: watching.cancel())
                 console.print(
                     ready_lines(
                         loaded.name,
@@ -98,6 +101,13 @@ def _loaded(
 ) -> Loaded:
     with all_or_none() if leader is not None else nullcontext():
         return load(reference, settings, cache_dir, bars, leader)
+
+
+async def _watch(engine: Engine, leader: Leader) -> None:
+    """Where the engine stops by itself, the other hosts would wait for it."""
+    await engine.ended()
+    if engine.failure is not None:
+        leader.fail(f"a step failed on host 0: {engine.failure}")
 
 
 def _leader(

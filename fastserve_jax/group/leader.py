@@ -123,7 +123,7 @@ class Leader:
 
     def _link(self, host: int, connection: socket.socket) -> Link:
         return Link(
-            connection, f"host {host}", lambda message: self._hear(host, message), self._end
+            connection, f"host {host}", lambda message: self._hear(host, message), self.fail
         )
 
     def ready(self) -> None:
@@ -159,7 +159,7 @@ class Leader:
         elif isinstance(message, Leaving):
             self._leaving(f"host {host} was asked to stop")
         else:
-            self._end(f"host {host}: it said {type(message).__name__}, which is not for a leader")
+            self.fail(f"host {host}: it said {type(message).__name__}, which is not for a leader")
 
     def _compare(self, steps: int, crc: int, whose: str) -> None:
         with self._changed:
@@ -168,7 +168,7 @@ class Leader:
             if count == self.membership.num_hosts:
                 del self._digests[steps], self._heard[steps]
         if known != crc:
-            self._end(f"{whose} drew other tokens than the rest, by step {steps}")
+            self.fail(f"{whose} drew other tokens than the rest, by step {steps}")
 
     # Ending
 
@@ -177,7 +177,8 @@ class Leader:
         for link in self._links.values():
             link.close(Bye())
 
-    def _end(self, why: str) -> None:
+    def fail(self, why: str) -> None:
+        """Ends the group, for a reason that is found here or that a link tells."""
         with self._changed:
             if self._failure is not None:
                 return
