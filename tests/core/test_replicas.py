@@ -75,12 +75,18 @@ def test_a_long_prompt_counts_for_several_short_ones():
 def test_a_prefix_that_is_cached_brings_the_next_there():
     driver = Driver(ROOM, replicas=2)
     prompt = list(range(20))
-    driver.submit(prompt, 2)
+    other = driver.submit([99], 60)
+    driver.turn()
+    driver.submit(prompt, 2)  # not to where somebody is
+    for _ in range(8):
+        driver.turn()
+    driver.cancel(other)
     driver.run()
+    assert homes(driver) == [1, 1]
     for _ in range(3):
         driver.submit([*prompt, 77], 2)
         driver.run()
-    assert homes(driver) == [4, 0]
+    assert homes(driver) == [1, 4]
     assert driver.scheduler.stats().prefix_hit_tokens == 3 * 20
 
 
@@ -107,13 +113,15 @@ def test_a_full_replica_is_passed_over():
 
 
 def test_a_step_is_learned_as_what_the_longest_plan_weighed():
-    driver = Driver(ROOM, replicas=2, cost=COSTS["learned"].copy())
+    driver = Driver(ROOM, replicas=3, cost=COSTS["learned"].copy())
     driver.submit(range(40), 4)
+    driver.submit([50, 51, 52], 4)
     plan = driver.plan()
-    assert plan.load.prefill_tokens == max(own.load.prefill_tokens for own in plan.replicas) > 0
-    assert [own.load.prefill_tokens for own in plan.replicas].count(0) == 1
-    before = [s.cost.error for s in driver.scheduler._schedulers]
+    most, least, nothing = (own.load.prefill_tokens for own in plan.replicas)
+    assert most == plan.load.prefill_tokens > least > nothing == 0
+    models = [scheduler.cost for scheduler in driver.scheduler._schedulers]
+    unlearned, wanted = models[2].copy(), models[1].copy()
+    wanted.observe(plan.load, driver.step_s)
     driver.commit()
-    busy, idle = driver.scheduler._schedulers
-    assert busy.cost.error != before[0]
-    assert idle.cost.error == before[1], "who had no plan learns nothing"
+    assert models[0] == models[1] == wanted != unlearned
+    assert models[2] == unlearned, "who had no plan learns nothing"

@@ -60,6 +60,8 @@ class Replica:
     async def _stream(self, request):
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
+        if self.how == "end before the first event":
+            return response
         if self.how == "die before the first event":
             request.transport.abort()
             return response
@@ -129,6 +131,7 @@ async def test_what_is_said_goes_through_both_ways():
         "engine failed",
         "loading",
         "die before the first event",
+        "end before the first event",
         "fail at the first event",
     ],
 )
