@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import msgspec
 from rich.console import Console
 from rich.table import Table
@@ -69,7 +71,8 @@ def _memory(step: Planned) -> str:
 
 
 def _compiled(step: Planned) -> str:
-    joined = ", ".join(f"{count} {kind}" for kind, count in sorted(step.collectives.items()))
+    counts = Counter(step.collectives) + Counter(step.drawing_collectives)
+    joined = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
     whole = "all" if step.alias_bytes == step.kv_cache_bytes else f"{step.alias_bytes:,} bytes"
     return (
         f"{step.program}: compiled in {step.compile_s:.1f} s; {step.kernels} kernels; "

@@ -86,7 +86,10 @@ def test_the_step_fits_and_is_what_it_was_meant_to_be(tmp_path, where):
         assert step["kernels"] >= layers
         if step["mesh"]["model"] * step["mesh"]["expert"] > 1:
             # After attention and after the MLP; and of the embedding, which is divided.
-            assert step["collectives"]["all-reduce"] == 2 * layers + 1
+            assert step["collectives"] == {"all-reduce": 2 * layers + 1}
+            # Logits twice, for the best and for a draw; and four arrays of what was drawn.
+            told = 4 if step["mesh"]["data"] > 1 else 0
+            assert sum(step["drawing_collectives"].values()) <= 2 + told
         else:
             assert step["collectives"] == {}
         if name == "decode":
