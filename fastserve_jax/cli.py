@@ -103,7 +103,6 @@ def serve(
     gc.disable()  # until it is ready: little of what loading makes is garbage
     from fastserve_jax.serve import serve_model
 
-    key = api_key or os.environ.get("FASTSERVE_API_KEY")
     settings = _settings(
         config,
         set_ or [],
@@ -119,8 +118,7 @@ def serve(
             **_mesh(mesh),
         },
     )
-    if key:
-        settings = replace(settings, server=replace(settings.server, api_keys=(key,)))
+    settings = _with_key(settings, api_key)
     member = membership(os.environ, hosts)
     if not member.leads:
         from fastserve_jax.follow import follow_model
@@ -140,6 +138,7 @@ def fleet(
     ray_address: str = "",
     host: str | None = None,
     port: int | None = None,
+    api_key: str | None = None,
     config: Config = None,
     set_: Set = None,
 ) -> None:
@@ -162,6 +161,8 @@ def fleet(
         Address to listen on; 0.0.0.0 for all.
     port
         Port to listen on.
+    api_key
+        As for `serve`.
     """
     try:
         from fastserve_jax.fleet.command import run_fleet
@@ -180,6 +181,7 @@ def fleet(
             "server.port": port,
         },
     )
+    settings = _with_key(settings, api_key)
     sys.exit(asyncio.run(run_fleet(model, settings, cache_folder(), ray_address)))
 
 
@@ -334,6 +336,13 @@ def _settings(config: Path | None, sets: list[str], **flags: object) -> Settings
 
     given = [f"{name}={value}" for name, value in flags.items() if value is not None]
     return load_settings(config, [*sets, *given])
+
+
+def _with_key(settings: Settings, api_key: str | None) -> Settings:
+    key = api_key or os.environ.get("FASTSERVE_API_KEY")
+    if not key:
+        return settings
+    return replace(settings, server=replace(settings.server, api_keys=(key,)))
 
 
 def _mesh(text: str) -> dict[str, int]:

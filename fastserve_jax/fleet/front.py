@@ -8,6 +8,7 @@ so, as a stream's own errors do. Knows addresses and HTTP, nothing of Ray.
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,10 +20,11 @@ from aiohttp import web
 from fastserve_jax.core.routing import Router
 
 from .beginnings import BLOCK_TOKENS, beginnings
+from .numbers import CONTENT_TYPE_LATEST, text_of
 
 MOST_TRIES = 3
 WAIT_S = 30.0  # for any replica to be there, before a client is told that there is none
-_HOP = {"connection", "keep-alive", "transfer-encoding", "upgrade", "host", "content-length", "te"}
+_HOP = {"connection", "keep-alive", "transfer-encoding", "upgrade", "host", "te"}
 _PASSED_OVER = {"engine_failed", "server_overloaded"}  # errors of a replica, not of a request
 
 
@@ -41,7 +43,7 @@ class Front:
         self.router = router
         self.urls: dict[str, str] = {}
         self.in_flight: dict[str, int] = {}
-        self.retried = self.cut_off = self.refused = 0
+        self.asked = self.retried = self.cut_off = self.refused = 0
         self._most_body_bytes = most_body_bytes
         self._changed = asyncio.Condition()
         self._session: aiohttp.ClientSession | None = None
@@ -76,6 +78,7 @@ class Front:
         app = web.Application(client_max_size=self._most_body_bytes)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._ready)
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_route("*", "/{path:.*}", self._handle)
         return app
 
@@ -86,8 +89,16 @@ class Front:
         ready = bool(self.urls)
         return web.json_response({"replicas": len(self.urls)}, status=200 if ready else 503)
 
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=text_of(self), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
     async def _handle(self, request: web.Request) -> web.StreamResponse:
-        body = await request.read()
+        try:
+            body = await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            most = f"the body is larger than {self._most_body_bytes:,} bytes"
+            return web.json_response(_error(most, "request_too_large"), status=413)
+        self.asked += 1
         asked = beginnings(body)
         without: list[str] = []
         last = _refusal("no replica is ready: try again later")
@@ -134,7 +145,7 @@ class Front:
         url = self.urls[name] + request.path_qs
         try:
             async with self._session.request(
-                request.method, url, data=body, headers=headers, allow_redirects=False
+                request.method, url, data=io.BytesIO(body), headers=headers, allow_redirects=False
             ) as answer:
                 if answer.content_type != "text/event-stream":
                     return await _whole(answer)

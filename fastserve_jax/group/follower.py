@@ -8,8 +8,8 @@ from __future__ import annotations
 import queue
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Protocol
 
@@ -38,7 +38,6 @@ from .messages import (
 from .tokens import Tally
 
 _RETRY_S = 0.5
-_MOST_IN_FLIGHT = 2  # as the leader's engine has it
 
 
 class Runner(Protocol):
@@ -53,7 +52,8 @@ class Follower:
         self.membership = membership
         self._lost = lost
         self._link: Link | None = None
-        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._tally = Tally()
+        self._messages: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
 
     def agree(self, facts: Mapping[str, str], limits: Limits) -> Limits:
         """What the leader says. Raises ConfigError if it refuses, GroupLost if it is not there."""
@@ -102,13 +102,22 @@ class Follower:
             self._link.send(Leaving())
 
     def follow(self, runner: Runner) -> None:
-        """Carries out plans until there will be no more."""
+        """Carries out plans until there will be no more; as on the leader, one is begun while the
+        one before it runs. Raises what a step raises."""
         assert self._link is not None, "agree first"
-        tally, pending = Tally(), deque[Callable[[], StepResult]]()
-        while isinstance(message := self._messages.get(), Step):
-            pending.append(runner.begin(message.plan))
-            while len(pending) > _MOST_IN_FLIGHT or (pending and self._messages.empty()):
-                due = tally.add(pending.popleft()())
-                if due is not None:
-                    self._link.send(Digest(*due))
+        with ThreadPoolExecutor(1, thread_name_prefix="ends") as waiter:
+            while isinstance(message := self._messages.get(), Step):
+                waiter.submit(self._end, runner.begin(message.plan))
+        if isinstance(message, Exception):
+            raise message
         self._link.close()
+
+    def _end(self, result: Callable[[], StepResult]) -> None:
+        assert self._link is not None, "agree first"
+        try:
+            due = self._tally.add(result())
+        except Exception as error:
+            self._messages.put(error)
+        else:
+            if due is not None:
+                self._link.send(Digest(*due))

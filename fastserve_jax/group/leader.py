@@ -139,9 +139,9 @@ class Leader:
 
     def begins(self, plan: Plan) -> None:
         """Here; and so it does everywhere."""
-        step = Step(plan)
+        step = encode(Step(plan))
         for link in self._links.values():
-            link.send(step)
+            link.write(step)
 
     def ends(self, result: StepResult) -> None:
         """What came of the oldest plan that had not ended."""

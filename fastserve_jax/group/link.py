@@ -42,8 +42,11 @@ class Link:
             threading.Thread(target=work, name=f"link {self.name}", daemon=True).start()
 
     def send(self, message: Message) -> None:
-        """From any thread. A connection that does not take it is lost, which `lost` hears."""
-        data = encode(message)
+        self.write(encode(message))
+
+    def write(self, data: bytes) -> None:
+        """An encoded message, from any thread. A connection that does not take it is lost, which
+        `lost` hears."""
         try:
             with self._sending:
                 self._connection.sendall(data)

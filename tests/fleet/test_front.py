@@ -2,6 +2,7 @@
 is lost without a word, and nothing that was answered is asked again."""
 
 import asyncio
+import io
 import json
 import random
 from contextlib import asynccontextmanager
@@ -257,3 +258,27 @@ async def test_a_websocket_whose_replica_is_lost_is_closed_with_a_code():
             assert message.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED)
             assert socket.close_code == 1011
         assert front.cut_off == 1
+
+
+async def test_its_own_numbers_are_at_metrics():
+    async with fleet("die", "answer") as (session, _, replicas):
+        await ask(session, prompt="hello")
+        async with session.get("/metrics") as answer:
+            text = await answer.text()
+        for line in (
+            "fastserve:fleet_requests_total 1.0",
+            "fastserve:fleet_retried_total 1.0",
+            "fastserve:fleet_replicas 2.0",
+            'fastserve:fleet_in_flight{replica="r1"} 0.0',
+        ):
+            assert line in text
+        assert replicas[1].asked == 1, "a replica was asked for them"
+
+
+async def test_a_body_that_is_too_large_is_refused_in_the_same_words():
+    async with fleet("answer") as (session, _, (replica,)):
+        body = io.BytesIO(json.dumps({"prompt": "x" * (2 << 20)}).encode())
+        async with session.post("/v1/completions", data=body) as answer:
+            assert answer.status == 413
+            assert (await answer.json())["error"]["code"] == "request_too_large"
+        assert replica.asked == 0

@@ -272,6 +272,34 @@ def test_hosts_that_never_come_are_named(monkeypatch):
     assert "host 0 does not listen" in str(late.error)
 
 
+def test_a_step_that_fails_on_a_follower_ends_it_and_the_group():
+    with group(host_1={"runner": Broken(at=3)}) as made:
+        made.agreed()
+        for number in range(3):
+            made.step(number)
+        assert not made.lost
+        made.step(3)
+        made.members[1].join(10)
+        assert str(made.members[1].error) == "no such device"
+        made.members[1].follower._link._connection.close()  # as a process that ends
+        until(lambda: made.lost)
+    assert made.lost[0].startswith("host 1: ")
+
+
+class Broken(Runner):
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def begin(self, plan):
+        result = super().begin(plan)
+
+        def failing():
+            raise RuntimeError("no such device")
+
+        return failing if plan.step == self.at else result
+
+
 def test_a_follower_that_is_asked_to_stop_asks_its_leader():
     with group(host_1={}) as made:
         made.agreed()
