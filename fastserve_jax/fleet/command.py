@@ -18,20 +18,23 @@ from aiohttp import web
 from fastserve_jax.config import Settings
 from fastserve_jax.core.routing import Router
 from fastserve_jax.errors import ConfigError
-from fastserve_jax.terminal import console
+from fastserve_jax.terminal import Bars, console
+from fastserve_jax.weights.load import open_config
 
 from .front import Front
 from .replicas import Replica, Replicas
 
 LOOK_S = 2.0  # from one look at the queues to the next
 MOST_WAITING = 4.0  # requests of each replica that wait, before there is one more
-GROW_LOOKS, SHRINK_LOOKS = 5, 30  # that agree
+GROW_LOOKS, SHRINK_LOOKS, SILENT_LOOKS = 5, 30, 4  # that agree
 _WAITING = re.compile(rb"^fastserve:num_requests_waiting{[^}]*} (\S+)$", re.M)
 
 
 async def run_fleet(reference: str, settings: Settings, cache_dir: Path, ray_address: str) -> int:
     """Until a signal. Returns the exit status; raises ConfigError."""
     fleet = settings.fleet
+    with Bars() as bars:  # what cannot be served is found here, and not by each of them
+        open_config(reference, cache_dir, bars.pull)
     _join(ray_address)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -52,9 +55,9 @@ async def run_fleet(reference: str, settings: Settings, cache_dir: Path, ray_add
             for _ in range(fleet.replicas):
                 replicas.grow()
             console.print(f"{fleet.replicas} replicas of {reference}, at {url}", highlight=False)
-            scaling = asyncio.create_task(_scale(front, replicas, settings))
+            watching = asyncio.create_task(_watch(front, replicas, settings))
             await stop.wait()
-            scaling.cancel()
+            watching.cancel()
             console.print("stopping")
             await replicas.close()
     ray.shutdown()
@@ -86,15 +89,25 @@ class _listening:
         await self._runner.cleanup()
 
 
-async def _scale(front: Front, replicas: Replicas, settings: Settings) -> None:
+async def _watch(front: Front, replicas: Replicas, settings: Settings) -> None:
+    """Replaces who does not answer, and keeps as many as the queues want."""
     least = settings.fleet.replicas
     most = max(least, settings.fleet.max_replicas)
+    silent: dict[str, int] = {}
     crowded = idle = 0
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(LOOK_S)) as session:
-        while most > least:
+        while True:
             await asyncio.sleep(LOOK_S)
-            urls = [*front.urls.values()]
-            waiting = sum(await asyncio.gather(*(_waiting(session, url) for url in urls)))
+            urls = dict(front.urls)
+            looks = await asyncio.gather(*(_waiting(session, url) for url in urls.values()))
+            found = dict(zip(urls, looks, strict=True))
+            silent = {name: silent.get(name, 0) + 1 for name, look in found.items() if look is None}
+            for name, times in silent.items():
+                if times == SILENT_LOOKS:
+                    console.print(f"{name} does not answer and is replaced", highlight=False)
+                    front.remove(name)
+                    replicas.replace(name)
+            waiting = sum(look or 0.0 for look in looks)
             there, busy = len(replicas.replicas), sum(front.in_flight.values())
             crowded = crowded + 1 if urls and waiting / len(urls) > MOST_WAITING else 0
             idle = idle + 1 if busy < there - 1 else 0
@@ -108,10 +121,14 @@ async def _scale(front: Front, replicas: Replicas, settings: Settings) -> None:
                 await replicas.retire(replicas.replicas[-1])
 
 
-async def _waiting(session: aiohttp.ClientSession, url: str) -> float:
+async def _waiting(session: aiohttp.ClientSession, url: str) -> float | None:
+    """Requests in its queue; None where it does not answer, or its engine has stopped."""
     try:
+        async with session.get(f"{url}/health") as answer:
+            if answer.status != 200:
+                return None
         async with session.get(f"{url}/metrics") as answer:
             found = _WAITING.search(await answer.read())
     except (aiohttp.ClientError, TimeoutError, OSError):
-        return 0.0
+        return None
     return float(found[1]) if found else 0.0

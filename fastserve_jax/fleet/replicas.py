@@ -7,9 +7,10 @@ Ray places, starts and watches; here is only what belongs together. Knows no req
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -53,11 +54,10 @@ class Replicas:
         self._reference, self._cache_dir = reference, cache_dir
         self._fleet: FleetSettings = settings.fleet
         # Each listens where its node is, on a port of its own.
-        server = replace(settings.server, host="0.0.0.0", port=0)
-        self._settings = replace(settings, server=server)
+        server = dataclasses.replace(settings.server, host="0.0.0.0", port=0)
+        self._settings = dataclasses.replace(settings, server=server)
         self._joined, self._left = joined, left
         self.replicas: list[Replica] = []
-        self.restarts = 0
         self._named = 0
 
     def grow(self) -> Replica:
@@ -79,6 +79,13 @@ class Replicas:
             await asyncio.wait({replica.task})
         self.replicas.remove(replica)
 
+    def replace(self, name: str) -> None:
+        """One that is there and does not answer."""
+        for replica in self.replicas:
+            if replica.name == name:
+                for host in replica.hosts:
+                    ray.kill(host)
+
     async def close(self) -> None:
         await asyncio.gather(*(self.retire(replica) for replica in [*self.replicas]))
 
@@ -93,7 +100,6 @@ class Replicas:
                 self._end(replica, group)
             if replica.retiring:
                 return
-            self.restarts += 1
             wait_s = 1.0 if was_ready else min(2 * wait_s, MOST_WAIT_S)
             await asyncio.sleep(wait_s)
 
@@ -170,8 +176,8 @@ async def _awaited(reference: Any) -> Any:
 
 
 def _reason(end: asyncio.Future[Any]) -> str:
+    """The line of Ray's long answer that says it."""
     error = None if end.cancelled() else end.exception()
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next(
-        (line for line in lines if "died" in line or "exit" in line), *lines[:1] or ["it ended"]
-    )
+    telling = [line for line in lines if "died" in line or "exit" in line]
+    return (telling or lines or ["it ended"])[0]

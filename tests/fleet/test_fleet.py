@@ -122,7 +122,24 @@ def test_a_replica_is_killed_in_the_middle_of_streams(model, tmp_path):
         print(f"serves by two again after {time.monotonic() - began:.0f} s")
         assert victim not in fleet.hosts()
         assert len(fleet.hosts()) == 2
+        frozen = fleet.hosts()[0]
+        os.kill(frozen, signal.SIGSTOP)
+        fleet.until(lambda: "does not answer" in fleet.said, 60)
+        assert complete(fleet.url).startswith(", there was a little girl named")
+        fleet.until(lambda: fleet.ready() == 2, MOST_S)
+        assert frozen not in fleet.hosts()
     assert "is gone" in fleet.said
+
+
+def test_a_model_that_is_none_is_said_at_once(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "fastserve_jax", "fleet", str(tmp_path / "none.gguf")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "no model" in done.stderr
 
 
 def test_a_replica_of_two_hosts_starts_again_as_a_whole(model, tmp_path):
