@@ -90,7 +90,11 @@ def choose_axes(
             model = count // expert
         else:
             expert = _groups(config, count // model)
-    Parts(expert * model, expert).of(config)
+    try:
+        Parts(expert * model, expert).of(config)
+    except ConfigError as error:
+        known_to = " or ".join(f"{n}" for n in range(1, most + 1) if _divides(config, n, n))
+        raise ConfigError(f"{error}; among {known_to} they do") from error
     data = data or devices // (expert * model)
     if data < 1 or data * expert * model != devices:
         named = f"data={data}, expert={expert}, model={model}"

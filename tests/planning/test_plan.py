@@ -107,6 +107,8 @@ def test_a_model_is_divided_as_far_as_its_kv_heads_go():
         chosen(LLAMA3_70B, 16, {"model": 8, "data": 4})
     with pytest.raises(ConfigError, match="1 replicas do not divide among 2 slices"):
         chosen(LLAMA3_70B, 16, {"data": 1, "model": 16}, slices=2)
+    with pytest.raises(ConfigError, match=r"6 heads .* among 4 devices; among 1 or 2 they do"):
+        chosen(FAMILIES["llama"], 4, {"model": 4})
     with pytest.raises(ConfigError, match="0 experts do not divide among 2 devices"):
         chosen(LLAMA3_70B, 16, {"expert": 2})
     with pytest.raises(ConfigError, match="no axis rows: there are data, expert, model"):
