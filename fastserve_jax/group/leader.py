@@ -109,9 +109,15 @@ class Leader:
         return met
 
     def _listening(self) -> socket.socket:
+        """On every address there is, of both kinds where there are both."""
         _, port = self.membership.plan_address
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        backlog = self.membership.num_hosts
         try:
-            return socket.create_server(("", port), backlog=self.membership.num_hosts)
+            return socket.create_server(
+                ("", port), family=family, backlog=backlog, dualstack_ipv6=both
+            )
         except OSError as error:
             raise ConfigError(
                 f"cannot listen on port {port}, the one after the coordinator's: "
