@@ -17,6 +17,7 @@ from tests.weights import synthetic
 
 DENSE = ("llama", "qwen2", "qwen3", "gemma3", "gpt2")
 FAMILIES = (*DENSE, *synthetic.WITH_EXPERTS)
+QUICK = "--xla_backend_optimization_level=0"  # to compile takes longer than to run
 GREEDY = [number % 3 for number in range(1, 13)]  # of on_devices.requests
 MESHES = {  # devices, and the mesh; the last two for experts alone
     "two parts": (2, {"model": 2}),
@@ -55,7 +56,7 @@ def started(models, cache, sets, member=(1, 0, "")):
     asked |= dict(zip(("num_hosts", "host_id", "coordinator"), member, strict=True))
     with subprocess.Popen(
         [sys.executable, "-m", "tests.serve.on_devices", json.dumps(asked), *models.values()],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
