@@ -21,6 +21,7 @@ from tests.serve.test_hosts import free_port
 STREAMS = 32
 MOST_S = 120.0  # until a killed replica serves again: most of it is its start
 SETS = ("model.dtype=f32", "engine.max_slots=8", "engine.max_context=256")
+SETS += ("engine.step_tokens=16", "engine.speculate=off")  # fewer programs
 
 
 class Fleet:

@@ -9,6 +9,7 @@ import sys
 from contextlib import closing, contextmanager
 from itertools import compress
 
+import numpy as np
 import pytest
 
 from fastserve_jax.weights.load import open_gguf
@@ -30,15 +31,18 @@ MESHES = {  # devices, and the mesh; the last two for experts alone
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Paths by family: GGUF files, Hugging Face's folders and our own, by turns."""
+    """Paths by family: GGUF files, Hugging Face's folders and our own, by turns. Llama's head is a
+    matrix of its own, and Qwen2's vocabulary does not divide."""
     folder = tmp_path_factory.mktemp("models")
     made = {}
     for number, family in enumerate(FAMILIES):
-        arrays = synthetic.parameters(family, seed=number)
+        arrays = synthetic.parameters(family, seed=number, tied=family != "llama")
+        vocab_size = synthetic.VOCAB + (family == "qwen2")
+        arrays["embed.weight"] = np.resize(arrays["embed.weight"], (vocab_size, synthetic.HIDDEN))
         stored = synthetic.gguf_tensors(family, arrays)
         file = synthetic.write_gguf(folder / f"{family}.gguf", family, stored)
         if number % 3 == 1 and family != "gpt2":
-            config = synthetic.folder_config(family)
+            config = synthetic.folder_config(family, vocab_size=vocab_size)
             stored = synthetic.folder_tensors(family, arrays)
             made[family] = synthetic.write_folder(folder / family, config, stored, shards=2)
         elif number % 3 == 2:

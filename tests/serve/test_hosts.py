@@ -21,6 +21,7 @@ from fastserve_jax.errors import GroupLost
 MOST_S = 20.0  # from a loss to the end of every host
 STREAMS = 32
 FLAGS = ["--dtype", "f32", "--max-slots", "8", "--max-context", "256", "--mesh", "model=4"]
+FLAGS += ["--set", "engine.step_tokens=16", "--set", "engine.speculate=off"]  # fewer programs
 
 
 class Host:
