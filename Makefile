@@ -34,7 +34,7 @@ serve: install
 	$(BIN)/fastserve serve $(MODEL) --port $(PORT)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 aot: .venv-aot/installed  # apart: with these installed, jax looks for chips at every start
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -n 2 -o faulthandler_timeout=1800 \

@@ -8,53 +8,46 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 import msgspec
-from jax.typing import DTypeLike
 
 from fastserve_jax.api.sampling import Defaults
 from fastserve_jax.chips import GPU_FRACTION
-from fastserve_jax.config import MOST_CONTEXT, EngineSettings, ModelSettings, Settings
+from fastserve_jax.config import Settings
 from fastserve_jax.core.cost import CostModel
 from fastserve_jax.core.policy import make_policy
 from fastserve_jax.core.proposal import DraftCost
+from fastserve_jax.core.replicas import Replicas
 from fastserve_jax.core.scheduler import Limits, Scheduler
-from fastserve_jax.draft_model import DraftModel, measure_draft, open_draft, plan_draft
+from fastserve_jax.draft_model import DraftModel, measure_draft
 from fastserve_jax.engine import Engine, StepRecord
+from fastserve_jax.fitting import Fitted, find_draft, fit
+from fastserve_jax.group.leader import Leader
+from fastserve_jax.group.membership import Membership
 from fastserve_jax.models.config import ModelConfig
-from fastserve_jax.models.decoder import State, abstract, fill, parameters
-from fastserve_jax.models.precision import Precision
+from fastserve_jax.models.decoder import State
+from fastserve_jax.reading import read
 from fastserve_jax.runtime.compile import Compiled, compile_all, keep_compiled
 from fastserve_jax.runtime.drafter import Drafter, empty_draft_pages
 from fastserve_jax.runtime.host import empty_host_pages
+from fastserve_jax.runtime.hosts import divide_cpu, join
 from fastserve_jax.runtime.measured import measured
-from fastserve_jax.runtime.memory import (
-    MemoryPlan,
-    free_host_memory,
-    free_memory,
-    give_back_memory,
-    plan_host_pages,
-    plan_memory,
-)
+from fastserve_jax.runtime.memory import MemoryPlan, give_back_memory
+from fastserve_jax.runtime.mesh import over
 from fastserve_jax.runtime.runner import DeviceRunner
 from fastserve_jax.runtime.shapes import Program
-from fastserve_jax.runtime.step import Steps, StepShape, empty_pages, programs
+from fastserve_jax.runtime.step import empty_pages, programs
 from fastserve_jax.runtime.traced import lower_kept
 from fastserve_jax.text.chat import ChatTemplate
 from fastserve_jax.text.load import load_tokenizer
 from fastserve_jax.text.tokenizer import Tokenizer
-from fastserve_jax.weights.converted import parameters_as
 from fastserve_jax.weights.load import ModelFiles, open_model
-from pallas_kernels import cpu
-
-MOST_PERPLEXITY = 1.01  # int8's over bf16's, for int8 to be what nobody asked for
-MOST_GUESSES, FEW_GUESSES = 15, 7  # with the token before them, 16 and 8
 
 
 class Report(Protocol):
@@ -93,11 +86,17 @@ class Loaded:
     settings: Settings
     cost: CostModel  # of its steps, as measured here
     draft_cost: DraftCost | None = None  # of a draft model, where there is one
+    replicas: int = 1
 
-    def scheduler(self, policy: str | None = None) -> Scheduler:
+    def scheduler(self, policy: str | None = None) -> Scheduler | Replicas:
         """A new one, with nobody in it; `policy` None takes the setting."""
+        name = policy or self.settings.engine.policy
+        made = [self._scheduler(name) for _ in range(self.replicas)]
+        return made[0] if len(made) == 1 else Replicas(made)
+
+    def _scheduler(self, policy: str) -> Scheduler:
         cost = self.cost.copy()
-        made = make_policy(policy or self.settings.engine.policy, self.limits, cost)
+        made = make_policy(policy, self.limits, cost)
         draft_cost = None if self.draft_cost is None else self.draft_cost.copy()
         return Scheduler(self.limits, made, cost, draft_cost)
 
@@ -105,7 +104,7 @@ class Loaded:
         self,
         on_step: Callable[[StepRecord], None] | None = None,
         overlap: bool | None = None,
-        scheduler: Scheduler | None = None,
+        scheduler: Scheduler | Replicas | None = None,
     ) -> Engine:
         """A new engine over the one runner; None takes the settings."""
         if overlap is None:
@@ -114,95 +113,157 @@ class Loaded:
         return Engine(scheduler, self.runner, overlap=overlap, on_step=on_step)
 
 
+class Group(Protocol):
+    """The other hosts, if there are any."""
+
+    membership: Membership
+
+    def agree(self, facts: Mapping[str, str], limits: Limits) -> Limits: ...
+    def ready(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A model on its devices, every program compiled."""
+
+    fitted: Fitted
+    runner: DeviceRunner
+    compile_s: float
+    programs: int
+
+    @property
+    def facts(self) -> tuple[object, ...]:
+        """What its steps' cost hangs on."""
+        files, division = self.fitted.files, self.fitted.division
+        mesh = division and dict(division.mesh.shape)
+        return files.name, files.config, jax.tree.leaves(self.fitted.empty), mesh
+
+
 def load(
-    reference: str, settings: Settings, cache_dir: Path, report: Report | None = None
+    reference: str,
+    settings: Settings,
+    cache_dir: Path,
+    report: Report | None = None,
+    leader: Leader | None = None,
 ) -> Loaded:
-    """Raises OperatorErrors: what cannot be found, read, or fitted, and what to do."""
-    report = report or Silent()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_FRACTION))  # not jax's .75
+    """Raises OperatorErrors: what cannot be found, read, or fitted, and what to do. With a
+    `leader` of a group, its other hosts have their parts."""
     # A bad name is found before the slow part.
     make_policy(settings.engine.policy, Limits(), CostModel())
-    files = open_model(reference, cache_dir, report.pull)
-    report.opened(files)
-    config = files.config
-    precision = _precision(settings.model, files)
-    dtype = precision.dtype
-    graph, empty = abstract(config, precision)
-    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(empty))
-    draft = _draft(files, settings, cache_dir, report) if settings.model.draft else None
-    limits, plan = _limits(config, settings, weight_bytes, dtype, draft)
-    report.memory(plan)
-    shape = StepShape(
-        max_slots=limits.max_slots,
-        step_tokens=limits.step_tokens,
-        max_context=limits.max_context,
-        page_size=limits.page_size,
-        num_pages=limits.num_pages,
-        host_pages=limits.host_pages,
-        guesses=limits.guesses,
-    )
-    keep_compiled(cache_dir / "compiled")
-    began = time.perf_counter()
-    # Shapes are all that compiling needs: the rest is made beside it.
-    with ThreadPoolExecutor(4, thread_name_prefix="load") as pool:
-        jobs = [*programs(Steps(graph, config, shape), empty, dtype)]
-        facts: dict[str, object] = {job.name: (config, shape, precision) for job in jobs}
-        if draft is not None:
-            jobs += (drafting := [*draft.programs()])
-            facts |= {job.name: draft.facts for job in drafting}
 
-        def traced(job: Program) -> jax.stages.Lowered:
-            return lower_kept(job, folder=cache_dir / "traced", facts=facts[job.name])
-
-        compiling = pool.submit(compile_all, jobs, report.compiled, traced)
-        reading = pool.submit(_read, files, empty, cache_dir / "converted", report)
-        layout, device = shape.host_layout(config), jax.devices()[0]
-        paging = pool.submit(_after, reading, lambda: empty_pages(config, shape, dtype))
-        hosting = pool.submit(_after, reading, lambda: empty_host_pages(layout, dtype, device))
+    def text(files: ModelFiles) -> tuple[Tokenizer, ChatTemplate]:
         tokenizer = load_tokenizer(files.tokenizer_source)
-        template = ChatTemplate(tokenizer)
-        compiled = compiling.result()
-        params, kv_pages, host_pages = reading.result(), paging.result(), hosting.result()
-        drafter = None if draft is None else _drafter(draft, compiled, cache_dir, report)
-    give_back_memory()
-    runner = DeviceRunner(config, params, kv_pages, shape, compiled, host_pages, drafter)
-    compile_s = time.perf_counter() - began
-    cost = measured(runner, cache_dir / "measured", (files.name, config, jax.tree.leaves(empty)))
+        return tokenizer, ChatTemplate(tokenizer)
+
+    placed, (tokenizer, template) = place(
+        reference, settings, cache_dir, text, report or Silent(), leader
+    )
+    runner = placed.runner
+    fitted, files = placed.fitted, placed.fitted.files
+    cost = measured(runner, cache_dir / "measured", placed.facts)
+    draft = fitted.draft
     return Loaded(
         name=files.name,
-        config=config,
-        limits=limits,
+        config=files.config,
+        limits=fitted.limits,
         runner=runner,
         tokenizer=tokenizer,
         template=template,
         defaults=msgspec.convert(dict(files.sampling), Defaults, strict=False),
-        compile_s=compile_s,
-        programs=len(compiled),
+        compile_s=placed.compile_s,
+        programs=placed.programs,
         settings=settings,
         cost=cost,
         draft_cost=None if draft is None else measure_draft(runner, draft.shape),
+        replicas=1 if fitted.division is None else fitted.division.replicas,
     )
 
 
-def _after[T](reading: Future[State], made: Callable[[], T]) -> T:
-    """Not beside what converting takes for a while."""
-    wait([reading])
+def place[T](
+    reference: str,
+    settings: Settings,
+    cache_dir: Path,
+    beside: Callable[[ModelFiles], T],
+    report: Report,
+    group: Group | None = None,
+) -> tuple[Placed, T]:
+    """What `beside` makes of the files is made while programs compile."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_FRACTION))  # not jax's .75
+    if settings.mesh.cpu_devices:
+        divide_cpu(settings.mesh.cpu_devices)
+    files = open_model(reference, cache_dir, report.pull)
+    report.opened(files)
+    if group is not None:
+        member = group.membership
+        join(member.coordinator, member.num_hosts, member.host_id)
+    draft = find_draft(files, settings, cache_dir, report.pull)
+    if draft is not None:
+        report.opened(draft.files)
+    fitted = fit(files, settings, draft)
+    if group is not None:
+        fitted = replace(fitted, limits=group.agree(_facts(fitted, settings), fitted.limits))
+    report.memory(fitted.memory)
+    keep_compiled(cache_dir / "compiled")
+    began = time.perf_counter()
+    # Shapes are all that compiling needs: the rest is made beside it.
+    with ThreadPoolExecutor(5, thread_name_prefix="load") as pool:
+        compiling = pool.submit(_compiled, fitted, cache_dir / "traced", report)
+        making = pool.submit(_arrays, fitted, cache_dir / "converted", report)
+        made = beside(files)
+        programs, (params, kv_pages, host_pages) = compiling.result(), making.result()
+        drafter = None if draft is None else _drafter(draft, programs, cache_dir, report)
     give_back_memory()
-    return made()
-
-
-def _draft(files: ModelFiles, settings: Settings, cache_dir: Path, report: Report) -> DraftModel:
-    """The draft model that settings name, opened and fitted beside `files`."""
-    found = open_draft(settings.model.draft, cache_dir, files, report.pull)
-    report.opened(found)
-    return plan_draft(
-        found,
-        _precision(settings.model, found),
-        max_slots=settings.engine.max_slots,
-        max_context=_max_context(files.config, settings.engine),
-        step_tokens=settings.engine.step_tokens,
-        page_size=settings.kv.page_size,
+    mesh = None if fitted.division is None else fitted.division.mesh
+    watcher = group if isinstance(group, Leader) else None
+    runner = DeviceRunner(
+        files.config, params, kv_pages, fitted.shape, programs, host_pages, drafter, mesh, watcher
     )
+    if group is not None:
+        group.ready()
+    return Placed(fitted, runner, time.perf_counter() - began, len(programs)), made
+
+
+def _facts(fitted: Fitted, settings: Settings) -> dict[str, str]:
+    """What hosts of a group must have alike, by what a person would look for."""
+    files = fitted.files
+    mesh = "" if fitted.division is None else str(dict(fitted.division.mesh.shape))
+    return {
+        "fastserve-jax": version("fastserve-jax"),
+        "jax": jax.__version__,
+        "model": f"{files.config}",
+        "file": f"{files.path.name}, {files.size_bytes:,} bytes",
+        "precision": f"{fitted.precision}",
+        "mesh": mesh,
+        "settings": f"{settings.model} {settings.kv} {settings.engine}",
+    }
+
+
+def _compiled(fitted: Fitted, folder: Path, report: Report) -> dict[str, jax.stages.Compiled]:
+    jobs = [*programs(fitted.steps, fitted.empty, fitted.precision.dtype)]
+    of_model = (fitted.files.config, fitted.shape, fitted.precision)
+    facts: dict[str, object] = {job.name: of_model for job in jobs}
+    if fitted.draft is not None:
+        jobs += (drafting := [*fitted.draft.programs()])
+        facts |= {job.name: fitted.draft.facts for job in drafting}
+
+    def traced(job: Program) -> jax.stages.Lowered:
+        if fitted.division is not None:
+            return over(job, fitted.division.mesh).lower()
+        return lower_kept(job, folder=folder, facts=facts[job.name])
+
+    return compile_all(jobs, report.compiled, traced)
+
+
+def _arrays(
+    fitted: Fitted, folder: Path, report: Report
+) -> tuple[State, list[jax.Array], jax.Array | None]:
+    """Parameters, KV pages and host pages: the last two not beside what converting takes."""
+    division, shape, dtype = fitted.division, fitted.shape, fitted.precision.dtype
+    mesh, own = division.mesh if division else None, fitted.parts.of(fitted.files.config)
+    params = read(fitted.files, fitted.precision, division, folder, report.weights)
+    give_back_memory()
+    host_pages = empty_host_pages(shape.host_layout(own), dtype, mesh)
+    return params, empty_pages(own, shape, dtype, mesh), host_pages
 
 
 def _drafter(
@@ -211,73 +272,6 @@ def _drafter(
     cache_dir: Path,
     report: Report,
 ) -> Drafter:
-    params = _read(draft.files, draft.empty, cache_dir / "converted", report)
+    params = read(draft.files, draft.precision, None, cache_dir / "converted", report.weights)
     kv_pages = empty_draft_pages(draft.config, draft.shape, draft.precision.dtype)
     return Drafter(params, kv_pages, draft.shape, compiled)
-
-
-def _max_context(config: ModelConfig, engine: EngineSettings) -> int:
-    return min(config.max_context, engine.max_context or MOST_CONTEXT)
-
-
-def _limits(
-    config: ModelConfig,
-    settings: Settings,
-    weight_bytes: int,
-    dtype: DTypeLike,
-    draft: DraftModel | None,
-) -> tuple[Limits, MemoryPlan]:
-    engine, device = settings.engine, jax.devices()[0]
-    max_context = _max_context(config, engine)
-    plan = plan_memory(
-        config,
-        dtype,
-        weight_bytes,
-        page_size=settings.kv.page_size,
-        num_pages=settings.kv.pages,
-        max_context=max_context,
-        max_slots=engine.max_slots,
-        step_tokens=engine.step_tokens,
-        free=free_memory(device),
-        draft_bytes=0 if draft is None else draft.bytes,
-    )
-    plan = plan_host_pages(plan, settings.kv.host_pages, free_host_memory(device))
-    limits = Limits(
-        page_size=plan.page_size,
-        num_pages=plan.num_pages,
-        host_pages=plan.host_pages,
-        max_slots=engine.max_slots,
-        step_tokens=engine.step_tokens,
-        max_context=max_context,
-        max_queue=engine.max_queue,
-        max_live=engine.max_queue + engine.max_slots,
-        guesses=_guesses(engine),
-        drafts=0 if draft is None else draft.shape.rows,
-        draft_context=0 if draft is None else draft.shape.context,
-    )
-    return limits, plan
-
-
-def _guesses(engine: EngineSettings) -> int:
-    """Tokens guessed at once: as many as leave a step's draws what they are, or a few."""
-    if engine.speculate == "off":
-        return 0
-    return min(MOST_GUESSES, max(FEW_GUESSES, engine.max_slots - 1))
-
-
-def _precision(settings: ModelSettings, files: ModelFiles) -> Precision:
-    """auto is int8 where it is fast here and costs this model next to nothing, as measured."""
-    dtype = jnp.float32 if settings.dtype == "f32" else jnp.bfloat16
-    int8 = settings.dtype == "int8"
-    if settings.dtype == "auto" and files.int8_perplexity is not None:
-        int8 = cpu.runs() and files.int8_perplexity <= MOST_PERPLEXITY
-    return Precision(dtype, int8, settings.int8_keep)
-
-
-def _read(files: ModelFiles, empty: State, folder: Path, report: Report) -> State:
-    wanted = parameters(empty)
-    arrays: dict[str, jax.Array] = {}
-    for done, (name, array) in enumerate(parameters_as(files, wanted, folder), 1):
-        arrays[name] = jax.device_put(array)
-        report.weights(done, len(wanted))
-    return fill(empty, arrays)

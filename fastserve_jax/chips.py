@@ -1,6 +1,7 @@
 """Chips that programs are compiled for without having one: their names and topologies.
 
     v5e:2x2, v5p:2x2x1, tpu7x:2x2x1 ...   libtpu's topologies
+    v5e:4x4*2 ...                         and so many slices, joined by the data centre's network
     a100, h100x8, b200x8 ...              so many GPUs of a host
 
 The real compilers come with the extra `aot`. They must be told before jax is imported that there is
@@ -88,6 +89,7 @@ class Chips:
     platform: str  # "tpu" or "gpu"
     devices: Sequence[Any]  # jax's, to be compiled for
     rates: Rates  # of a device
+    slices: int = 1
 
     @property
     def target(self) -> Any:
@@ -106,13 +108,18 @@ def chips(name: str) -> Chips:
     """Raises ConfigError for what there is not, and where the compiler is not installed."""
     kind, _, shape = name.partition(":")
     if kind in _TPUS and shape:
-        devices = topology(name).devices
-        sizes = [int(size) for size in shape.split("x")]
-        rates = _TPUS[kind].divided(len(devices) // math.prod(sizes))
-        return Chips(kind, "tpu", devices, rates)
+        devices, (shape, slices) = topology(name).devices, _slices(shape)
+        chips = math.prod(int(size) for size in shape.split("x")) * slices
+        return Chips(kind, "tpu", devices, _TPUS[kind].divided(len(devices) // chips), slices)
     devices = topology(name).devices
     kind = next(kind for kind in _GPUS if name.startswith(kind))
     return Chips(kind, "gpu", devices, _of_gpu(kind))
+
+
+def _slices(shape: str) -> tuple[str, int]:
+    """ "4x4*2" -> ("4x4", 2)"""
+    one, _, count = shape.partition("*")
+    return one, int(count) if count.isdecimal() and int(count) else 1
 
 
 def _of_gpu(kind: str) -> Rates:
@@ -136,7 +143,10 @@ def topology(chip: str) -> Any:
     if kind in _TPUS and shape:
         _require("libtpu", chip)
         try:
-            return topologies.get_topology_desc(platform="tpu", topology_name=chip)
+            one, slices = _slices(shape)
+            several = {"num_slices": slices} if slices > 1 else {}
+            name = f"{kind}:{one}"
+            return topologies.get_topology_desc(platform="tpu", topology_name=name, **several)
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"there is no topology {chip}: {reason}") from error

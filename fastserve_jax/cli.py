@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 from platformdirs import user_cache_path
 
-from fastserve_jax.errors import FastServeError
+from fastserve_jax.errors import FastServeError, GroupLost
+from fastserve_jax.group.membership import HostFlags, membership
 from fastserve_jax.simulation.options import Study
 from fastserve_jax.weights.catalogue import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from fastserve_jax.config import Settings
 
-_STUDY = Study()
+_STUDY, _HOSTS = Study(), HostFlags()
 _BEGAN = time.perf_counter()  # what a person waits for includes importing
 
 app = App(
@@ -36,6 +37,16 @@ Set = Annotated[
     Parameter(name="--set", negative=(), help="A setting, as section.name=value; may be repeated."),
 ]
 Config = Annotated[Path | None, Parameter(help="A TOML file of settings (see configs/serve/).")]
+Mesh = Annotated[
+    str,
+    Parameter(
+        help="model=4,data=2: parts that the model is divided into, and replicas of it; expert=8: "
+        "groups of its experts. Without it as many parts as suit the model, the rest replicas."
+    ),
+]
+CpuDevices = Annotated[
+    int | None, Parameter(help="Devices that a CPU is divided into, on each host.")
+]
 Dtype = Annotated[
     str | None, Parameter(help="auto, bf16, int8 or f32: of weights; KV pages are bf16, or f32.")
 ]
@@ -60,6 +71,9 @@ def serve(
     policy: str | None = None,
     max_context: int | None = None,
     max_slots: int | None = None,
+    mesh: Mesh = "",
+    cpu_devices: CpuDevices = None,
+    hosts: Annotated[HostFlags, Parameter(name="*")] = _HOSTS,
     config: Config = None,
     set_: Set = None,
 ) -> None:
@@ -89,7 +103,6 @@ def serve(
     gc.disable()  # until it is ready: little of what loading makes is garbage
     from fastserve_jax.serve import serve_model
 
-    key = api_key or os.environ.get("FASTSERVE_API_KEY")
     settings = _settings(
         config,
         set_ or [],
@@ -101,11 +114,75 @@ def serve(
             "engine.policy": policy,
             "engine.max_context": max_context,
             "engine.max_slots": max_slots,
+            "mesh.cpu_devices": cpu_devices,
+            **_mesh(mesh),
         },
     )
-    if key:
-        settings = replace(settings, server=replace(settings.server, api_keys=(key,)))
-    sys.exit(asyncio.run(serve_model(model, settings, cache_folder(), _BEGAN)))
+    settings = _with_key(settings, api_key)
+    member = membership(os.environ, hosts)
+    if not member.leads:
+        from fastserve_jax.follow import follow_model
+
+        sys.exit(follow_model(model, settings, cache_folder(), member))
+    sys.exit(asyncio.run(serve_model(model, settings, cache_folder(), _BEGAN, member)))
+
+
+@app.command
+def fleet(
+    model: str = DEFAULT_MODEL,
+    /,
+    *,
+    replicas: int | None = None,
+    max_replicas: int | None = None,
+    hosts: int | None = None,
+    ray_address: str = "",
+    host: str | None = None,
+    port: int | None = None,
+    api_key: str | None = None,
+    config: Config = None,
+    set_: Set = None,
+) -> None:
+    """Serve MODEL by several replicas on Ray, behind one address (the extra `ray`).
+
+    Parameters
+    ----------
+    model
+        As for `serve`; every node must be able to read it.
+    replicas
+        Servers, each with the whole model.
+    max_replicas
+        As many while requests queue.
+    hosts
+        Hosts of one replica, which serve together as one.
+    ray_address
+        Of a Ray cluster; auto finds the one that this machine belongs to. Without it Ray starts
+        here, with this machine alone.
+    host
+        Address to listen on; 0.0.0.0 for all.
+    port
+        Port to listen on.
+    api_key
+        As for `serve`.
+    """
+    try:
+        from fastserve_jax.fleet.command import run_fleet
+    except ModuleNotFoundError as error:
+        from fastserve_jax.errors import ConfigError
+
+        raise ConfigError("a fleet needs Ray: pip install 'fastserve-jax[ray]'") from error
+    settings = _settings(
+        config,
+        set_ or [],
+        **{
+            "fleet.replicas": replicas,
+            "fleet.max_replicas": max_replicas,
+            "fleet.hosts": hosts,
+            "server.host": host,
+            "server.port": port,
+        },
+    )
+    settings = _with_key(settings, api_key)
+    sys.exit(asyncio.run(run_fleet(model, settings, cache_folder(), ray_address)))
 
 
 @app.command
@@ -206,7 +283,7 @@ def plan(
     /,
     *,
     chip: str,
-    mesh: str = "",
+    mesh: Mesh = "",
     context: int | None = None,
     slots: int | None = None,
     dtype: Dtype = None,
@@ -225,8 +302,6 @@ def plan(
     chip
         v4, v5e, v5p, v6e or tpu7x with a topology (v5e:2x2), or a100, h100, h200 or b200 and how
         many (h100x8).
-    mesh
-        model=4,data=2; without it as many parts as the model's KV heads allow, the rest replicas.
     context
         Tokens of prompt and output that one request may have.
     slots
@@ -263,11 +338,27 @@ def _settings(config: Path | None, sets: list[str], **flags: object) -> Settings
     return load_settings(config, [*sets, *given])
 
 
+def _with_key(settings: Settings, api_key: str | None) -> Settings:
+    key = api_key or os.environ.get("FASTSERVE_API_KEY")
+    if not key:
+        return settings
+    return replace(settings, server=replace(settings.server, api_keys=(key,)))
+
+
+def _mesh(text: str) -> dict[str, int]:
+    from fastserve_jax.config import parse_mesh
+
+    return {f"mesh.{axis}": size for axis, size in parse_mesh(text).items()}
+
+
 def main(run: Callable[[], object] = app) -> None:
     try:
         run()
     except FastServeError as error:
         print(f"fastserve: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        if isinstance(error, GroupLost):  # jax would wait for the others, and end less clearly
+            os._exit(error.exit_status)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\nstopped after {time.perf_counter() - _BEGAN:.0f} s", file=sys.stderr)

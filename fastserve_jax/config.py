@@ -15,11 +15,14 @@ from typing import Any, get_type_hints
 
 import msgspec
 
+from fastserve_jax.core.routing import POLICIES as ROUTERS
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.server.config import ServerConfig
 
 DTYPES = ("auto", "bf16", "int8", "f32")
+PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 SPECULATE = ("auto", "off")
+MESH_AXES = ("data", "expert", "model")
 MOST_CONTEXT = 8192  # without being asked for more: a longer context costs slots
 
 
@@ -49,11 +52,35 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class MeshSettings:
+    data: int = 0  # replicas; 0: what the devices leave
+    expert: int = 0  # groups of a model's experts in each; 0: as many as divide them
+    model: int = 0  # parts of each; 0: as many as suit the KV heads
+    cpu_devices: int = 0  # into which a CPU is divided; 0: as JAX has it, one
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSettings:
+    """Of replicas on Ray; what each host of one takes is what its node must have free."""
+
+    replicas: int = 2
+    max_replicas: int = 0  # as many while requests queue; 0: never more than `replicas`
+    hosts: int = 1  # of one replica
+    cpus: float = 1.0  # of each host, as are
+    gpus: float = 0.0
+    tpus: float = 0.0  # chips
+    placement: str = "SPREAD"  # Ray's strategy for the hosts of one replica
+    router: str = "prefix"  # see core/routing.py
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     model: ModelSettings = field(default_factory=ModelSettings)
+    mesh: MeshSettings = field(default_factory=MeshSettings)
     kv: KVSettings = field(default_factory=KVSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     server: ServerConfig = field(default_factory=ServerConfig)
+    fleet: FleetSettings = field(default_factory=FleetSettings)
 
 
 def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Settings:
@@ -80,6 +107,19 @@ def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Se
         raise ConfigError(f"{path or '--set'}: {error}") from error
     _check_values(settings)
     return settings
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """ "model=4,data=2". Raises ConfigError."""
+    sizes = {}
+    for part in filter(None, text.split(",")):
+        axis, _, size = part.partition("=")
+        if not size.isdecimal() or int(size) == 0:
+            raise ConfigError(f"--mesh {text}: write it as model=4,data=2")
+        if axis.strip() not in MESH_AXES:
+            raise ConfigError(f"--mesh {text}: no axis {axis}: there are {', '.join(MESH_AXES)}")
+        sizes[axis.strip()] = int(size)
+    return sizes
 
 
 def _parse(override: str) -> tuple[list[str], Any]:
@@ -119,15 +159,24 @@ def _merge(tree: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def _check_values(settings: Settings) -> None:
-    engine, kv = settings.engine, settings.kv
+    engine, kv, fleet = settings.engine, settings.kv, settings.fleet
     if settings.model.dtype not in DTYPES:
         raise ConfigError(f"model.dtype is one of {', '.join(DTYPES)}, not {settings.model.dtype}")
     if engine.speculate not in SPECULATE:
         choices = ", ".join(SPECULATE)
         raise ConfigError(f"engine.speculate is one of {choices}, not {engine.speculate}")
+    if fleet.router not in ROUTERS:
+        raise ConfigError(f"fleet.router is one of {', '.join(ROUTERS)}, not {fleet.router}")
+    if fleet.placement not in PLACEMENTS:
+        choices = ", ".join(PLACEMENTS)
+        raise ConfigError(f"fleet.placement is one of {choices}, not {fleet.placement}")
     if settings.model.draft and engine.speculate == "off":
         raise ConfigError("model.draft is for guessing: engine.speculate is off")
     lowest = {
+        "mesh.data": (settings.mesh.data, 0),
+        "mesh.expert": (settings.mesh.expert, 0),
+        "mesh.model": (settings.mesh.model, 0),
+        "mesh.cpu_devices": (settings.mesh.cpu_devices, 0),
         "kv.pages": (kv.pages, 0),
         "kv.page_size": (kv.page_size, 1),
         "kv.host_pages": (kv.host_pages, -1),
@@ -135,6 +184,12 @@ def _check_values(settings: Settings) -> None:
         "engine.step_tokens": (engine.step_tokens, engine.max_slots),
         "engine.max_context": (engine.max_context, 0),
         "engine.max_queue": (engine.max_queue, 1),
+        "fleet.replicas": (fleet.replicas, 1),
+        "fleet.max_replicas": (fleet.max_replicas or fleet.replicas, fleet.replicas),
+        "fleet.hosts": (fleet.hosts, 1),
+        "fleet.cpus": (fleet.cpus, 0),
+        "fleet.gpus": (fleet.gpus, 0),
+        "fleet.tpus": (fleet.tpus, 0),
         "server.port": (settings.server.port, 0),
         "server.max_body_bytes": (settings.server.max_body_bytes, 1),
     }

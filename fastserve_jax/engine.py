@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from .core.cost import StepLoad
+from .core.replicas import Replicas
 from .core.scheduler import Scheduler
 from .core.stats import Stats
 from .core.types import Ask, DoneEvent, Event, Plan, Proposed, Request, StepResult
@@ -106,7 +107,7 @@ class Engine:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        scheduler: Scheduler | Replicas,
         runner: Runner,
         *,
         overlap: bool = True,
@@ -182,6 +183,20 @@ class Engine:
             del self._streams[request.id]
             self._scheduler.cancel(request.id)
             self._wake.set()
+
+    def abandon(self, why: str) -> None:
+        """Fail every stream at once: the step in flight may never end."""
+        if self._failure is None:
+            self._failure = EngineFailed(why)
+        self._closing = True
+        for stream in self._streams.values():
+            stream.fail(self._failed())
+        self._idle.set()
+
+    async def ended(self) -> None:
+        """Return when the engine has stopped, for whatever reason."""
+        assert self._task is not None, "enter the engine first"
+        await asyncio.wait({self._task})
 
     async def drain(self) -> None:
         """Return when no request is live, or the engine has stopped."""
@@ -269,14 +284,19 @@ class Engine:
 
     def _record(self, plan: Plan, elapsed_s: float) -> StepRecord:
         load = plan.load
+        of_each = [own.load for own in plan.replicas or (plan,)]
+        tokens = sum(own.tokens for own in of_each)
+        prefill_tokens = sum(own.prefill_tokens for own in of_each)
         return StepRecord(
-            *(plan.step, len(plan.work), load.tokens, load.prefill_tokens),
+            *(plan.step, len(plan.work), tokens, prefill_tokens),
             *(load, elapsed_s, self._scheduler.stats()),
         )
 
     def _failed(self) -> EngineFailed:
         if self._failure is None:
             return EngineFailed("the engine is not running")
+        if isinstance(self._failure, EngineFailed):
+            return self._failure
         failed = EngineFailed("the engine stopped: start the server again, its log says why")
         failed.__cause__ = self._failure
         return failed

@@ -14,7 +14,8 @@
        ├─ ModelFileError        a model's files: unknown, damaged, incomplete
        ├─ PullFailed            a download: no network, wrong hash, no space
        ├─ ConfigError           a setting: unknown key, wrong type, out of range
-       └─ DoesNotFit            memory: what would fit is in the message
+       ├─ DoesNotFit            memory: what would fit is in the message
+       └─ GroupLost             another host of the group: gone, or never there
 
 Our own bugs are `assert`s, not members of this tree. Imports nothing.
 """
@@ -96,7 +97,9 @@ class EngineFailed(FastServeError):
 
 
 class OperatorError(FastServeError):
-    """Shown as one line at the terminal, with exit status 2."""
+    """Shown as one line at the terminal, which ends with `exit_status`."""
+
+    exit_status = 2
 
 
 class ModelFileError(OperatorError):
@@ -113,3 +116,9 @@ class ConfigError(OperatorError):
 
 class DoesNotFit(OperatorError):
     pass
+
+
+class GroupLost(OperatorError):
+    """Ends every host of a group: whoever started it should do so again."""
+
+    exit_status = 3

@@ -11,13 +11,18 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 from fastserve_jax.assemble import Loaded, load
 from fastserve_jax.config import Settings
 from fastserve_jax.engine import Engine
+from fastserve_jax.follow import all_or_none, end_with_group
+from fastserve_jax.group.leader import Leader
+from fastserve_jax.group.membership import Membership
 from fastserve_jax.metrics import Metrics
 from fastserve_jax.runtime.compile import CompileCounter
+from fastserve_jax.runtime.hosts import part
 from fastserve_jax.server.lifecycle import serve
 from fastserve_jax.server.state import Served, ServerState
 from fastserve_jax.terminal import Bars, console, ready_lines
@@ -28,23 +33,29 @@ async def serve_model(
     settings: Settings,
     cache_dir: Path,
     began: float,
+    membership: Membership | None = None,
+    stop: asyncio.Event | None = None,
+    on_ready: Callable[[str], None] = lambda url: None,
 ) -> int:
-    """Serve until a signal. Returns the exit status; raises OperatorErrors.
+    """Serve until a signal or `stop`. Returns the exit status; raises OperatorErrors. With a
+    `membership` of several hosts, as the one that leads.
 
     `began` is when the person began to wait, by time.perf_counter.
     """
-    stop = asyncio.Event()
+    stop = stop or asyncio.Event()
     metrics = Metrics(reference)
     state = ServerState(settings.server, metrics)
     url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     server = asyncio.create_task(serve(state, url.set_result, stop), name="server")
+    running: list[Engine] = []
+    leader = _leader(membership, running, stop)
     try:
         opening: set[asyncio.Future[bool] | asyncio.Future[str]] = {server, url}
         await asyncio.wait(opening, return_when=asyncio.FIRST_COMPLETED)
         if server.done():
             server.result()  # raises what kept it from listening, before anything is loaded
         with Bars() as bars:
-            loading = _in_thread(lambda: load(reference, settings, cache_dir, bars))
+            loading = _in_thread(lambda: _loaded(reference, settings, cache_dir, bars, leader))
             both: set[asyncio.Future[bool] | asyncio.Future[Loaded]] = {server, loading}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
@@ -55,11 +66,16 @@ async def serve_model(
             metrics.model_name = loaded.name
             metrics.observe(_device_numbers(loaded, counter, time.perf_counter() - began))
             async with loaded.engine(metrics.step) as engine:
+                running.append(engine)
                 metrics.watch_engine(engine.stats, loaded.limits.page_size)
                 gc.freeze()  # what was loaded stays: no collection need look at it
                 gc.enable()
                 state.ready(_served(loaded, engine))
                 address = await url
+                on_ready(address)
+                if leader is not None:
+                    watching = asyncio.create_task(_watch(engine, leader), name="watch")
+                    server.add_done_callback(lambda _: watching.cancel())
                 console.print(
                     ready_lines(
                         loaded.name,
@@ -71,10 +87,49 @@ async def serve_model(
                     soft_wrap=True,
                 )
                 finished = await server
+        if leader is not None:
+            leader.close()
+            part()
         return 0 if finished else 1
     finally:
         stop.set()
         await asyncio.wait({server})
+
+
+def _loaded(
+    reference: str, settings: Settings, cache_dir: Path, bars: Bars, leader: Leader | None
+) -> Loaded:
+    with all_or_none() if leader is not None else nullcontext():
+        return load(reference, settings, cache_dir, bars, leader)
+
+
+async def _watch(engine: Engine, leader: Leader) -> None:
+    """Where the engine stops by itself, the other hosts would wait for it."""
+    await engine.ended()
+    if engine.failure is not None:
+        leader.fail(f"a step failed on host 0: {engine.failure}")
+
+
+def _leader(
+    membership: Membership | None, running: list[Engine], stop: asyncio.Event
+) -> Leader | None:
+    """Whatever it hears from the other hosts, it hears on a thread of theirs."""
+    if membership is None or membership.num_hosts == 1:
+        return None
+    loop = asyncio.get_running_loop()
+
+    def tell_clients(why: str) -> None:
+        for engine in running:
+            engine.abandon(f"the server has lost a host and must start again: {why}")
+
+    def lost(why: str) -> None:
+        end_with_group(why, lambda: loop.call_soon_threadsafe(tell_clients, why))
+
+    def leaving(why: str) -> None:
+        console.print(f"{why}: the group stops", highlight=False)
+        loop.call_soon_threadsafe(stop.set)
+
+    return Leader(membership, lost, leaving, lambda what: console.print(what, highlight=False))
 
 
 def _served(loaded: Loaded, engine: Engine) -> Served:

@@ -25,19 +25,27 @@ FLOORS = {
     "client": 4,
     "server": 5,
     "draft_model": 5,
+    "reading": 5,
+    "group": 4,
+    "fitting": 6,
     "planning": 7,
     "config": 6,
     "terminal": 6,
     "assemble": 6,
     "doctor": 6,
+    "follow": 7,
     "serve": 7,
+    "fleet": 8,
     "local": 7,
-    "cli": 8,
+    "cli": 9,
 }
 # Which part of a room another one on its floor may use, and why.
 ALLOWED = {
     ("runtime", "models"): "the step runs the decoder",
     ("assemble", "config"): "it is given the settings",
+    ("fitting", "config"): "it is given the settings",
+    ("assemble", "fitting"): "what is fitted is made",
+    ("serve", "follow"): "all hosts of a group end alike",
 }
 FILES = sorted(
     path

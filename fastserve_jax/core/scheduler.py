@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Iterable
+from itertools import takewhile
 
 from ..errors import InvalidRequest, Overloaded
 from .books import Books
-from .cost import CostModel
+from .cost import CostModel, StepLoad
 from .draft import Draft
 from .ordering import Policy
 from .proposal import DraftCost
@@ -126,6 +128,12 @@ class Scheduler:
                 f"limits are {limits.max_queue} and {limits.max_live}: try again later"
             )
 
+    def cached_pages(self, chain: Iterable[bytes]) -> int:
+        """How many of a prompt's full pages, by their digests, need not be computed."""
+        on_device, in_host = self._books.index.find, self._books.host.find
+        known = takewhile(lambda d: on_device(d) is not None or in_host(d) is not None, chain)
+        return sum(1 for _ in known)
+
     def cancel(self, request_id: int) -> list[Event]:
         """End a request. Unknown and ended ones are ignored."""
         seq = self._books.sequences.get(request_id)
@@ -212,18 +220,27 @@ class Scheduler:
         self._plans.append(plan)
         return plan
 
-    def commit(self, plan: Plan, result: StepResult, elapsed_s: float, now: float) -> list[Event]:
-        """Book what came of the oldest plan in flight; returns what its requests must hear."""
+    def commit(
+        self,
+        plan: Plan,
+        result: StepResult,
+        elapsed_s: float,
+        now: float,
+        load: StepLoad | None = None,
+    ) -> list[Event]:
+        """Book what came of the oldest plan in flight; returns what its requests must hear. `load`
+        is what took so long, where the plan was not alone."""
         assert self._plans, "no plan is in flight"
         assert plan is self._plans[0], "plans are committed in order"
         self._plans.popleft()
         self._now = now
-        stall_s = self.cost.stall_s(plan.load)
+        load = load or plan.load
+        stall_s = self.cost.stall_s(load)
         if self._speculation is not None:
             rows = [self._books.sequences[work.request_id] for work in plan.work]
             self._speculation.learn(plan, rows, elapsed_s, now)
         if not plan.guesses:  # or it would forget what a step without them takes
-            self.cost.observe(plan.load, elapsed_s)
+            self.cost.observe(load, elapsed_s)
         elapsed_s, self._asking_s = elapsed_s + self._asking_s, 0.0
         self._policy.step(elapsed_s, stall_s, now)
         self._busy_s += elapsed_s

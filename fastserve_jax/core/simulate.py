@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from .cost import CostModel
 from .scheduler import Scheduler
 from .stats import Stats
-from .types import DoneEvent, Finish, Plan, Request, Sampled, StepResult, TokenEvent
+from .types import DoneEvent, Event, Finish, Plan, Request, Sampled, StepResult, TokenEvent
 
 STOP = 2  # the simulated device's last token of everybody
 _OWN_TOKENS = 1 << 30  # and, with a request's number, all others
@@ -64,7 +64,9 @@ class Run:
     samples: list[Sample] = field(default_factory=list)
 
 
-class _Replay:
+class Replay:
+    """One scheduler and its device."""
+
     def __init__(
         self,
         scheduler: Scheduler,
@@ -80,6 +82,7 @@ class _Replay:
         self.flight: deque[tuple[Plan, float]] = deque()  # and when its step ends
         self.tokens: dict[int, Sampled] = {}  # what each draws: its own, so nobody shares a page
         self.free_at = 0.0  # when the device is
+        self.told: list[Event] = []  # by the last commit
         self.finished = 0
 
     def submit(self, arrival_s: float, request: Request, now: float) -> None:
@@ -118,7 +121,7 @@ class _Replay:
                 sampled[work.request_id] = _STOP if last else self.tokens[work.request_id]
         began = max(before, end_s - self.device.step_s(plan.load))
         started = self.timer()
-        events = self.scheduler.commit(plan, StepResult(sampled), end_s - began, end_s)
+        self.told = events = self.scheduler.commit(plan, StepResult(sampled), end_s - began, end_s)
         self.run.plan_commit_s += self.timer() - started
         for event in events:
             life = self.lives[event.request_id]
@@ -167,7 +170,7 @@ def simulate(
     coming = iter(arrivals)
     following = next(coming, None)
     run = Run([], scheduler.stats())
-    replay = _Replay(scheduler, device, lengths, run, timer)
+    replay = Replay(scheduler, device, lengths, run, timer)
     most_in_flight = 2 if overlap else 1
     now, next_sample = 0.0, 0.0
     while now < until_s:

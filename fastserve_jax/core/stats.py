@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +41,16 @@ class Stats:
     cost_error: float = 0.0  # of the cost model: mean of |measured / predicted - 1|, moving
     levels: tuple[int, ...] = ()  # live sequences at each of the policy's levels
     policy: Mapping[str, float] = field(default_factory=dict)  # what it says of itself
+
+
+_ALIKE = ("cost_error", "page_bytes")  # in all of them, about; everything else adds up
+
+
+def together(every: Sequence[Stats]) -> Stats:
+    """Of several schedulers of one kind."""
+    made = {f.name: [getattr(stats, f.name) for stats in every] for f in fields(Stats)}
+    levels = tuple(map(sum, zip(*made.pop("levels"), strict=True)))
+    numbers = made.pop("policy")
+    policy = {name: sum(n[name] for n in numbers) / len(numbers) for name in numbers[0]}
+    whole = {name: of[0] if name in _ALIKE else sum(of) for name, of in made.items()}
+    return Stats(**whole, levels=levels, policy=policy)

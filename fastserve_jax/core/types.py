@@ -123,6 +123,9 @@ class Plan:
     swap_in: Copies = ()  # host page, device page
     load: StepLoad = _NO_LOAD  # what it weighs, for the cost model
     guesses: int = 0  # in all its work
+    # Where there are several replicas, what each does; the rest is then that of all together, and
+    # `load` such that none has more of anything.
+    replicas: tuple[Plan, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

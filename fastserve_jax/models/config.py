@@ -29,14 +29,14 @@ class ModelConfig:
     the factor itself (never 1 + w). Rotary embedding is rotate-half.
     """
 
-    family: str  # "llama", "qwen2", "qwen3", "gemma3", "gpt2"
+    family: str  # "llama", "qwen2", "qwen3", "gemma3", "gpt2", "mixtral", "qwen3_moe"
     vocab_size: int
     hidden_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    intermediate_size: int
+    intermediate_size: int  # of each expert, where there are several
     max_context: int
     norm_eps: float
     layer_norm: bool = False  # LayerNorm with bias, else RMSNorm
@@ -54,6 +54,9 @@ class ModelConfig:
     local_rope_base: float | None = None  # of layers with a window; None: rope_base there too
     embedding_scale: float = 1.0
     attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
+    num_experts: int = 0  # MLPs of each layer, of which a token chooses; 0: there is one
+    experts_per_token: int = 0
+    norm_topk: bool = True  # what those that are chosen count adds up to one
 
     def window(self, layer: int) -> int:
         return self.windows[layer] if self.windows else 0

@@ -18,6 +18,7 @@ from flax import nnx
 from pallas_kernels import KVLayout, cpu, ragged_paged_attention, row_of_token, write_kv
 
 from .config import ModelConfig
+from .experts import Experts
 from .layers import (
     Embedding,
     LayerNorm,
@@ -32,7 +33,7 @@ from .layers import (
     rotate,
     rotation,
 )
-from .parts import HEADS, INNER, WHOLE, Axes, Parts
+from .parts import GATES, HEADS, INNER, QKV, WHOLE, Axes, Parts
 from .precision import Precision
 
 type Array = jax.Array | np.ndarray
@@ -80,7 +81,7 @@ class Attention(nnx.Module):
         size, dtype = config.hidden_size, precision.dtype
         qkv, out = (precision.of(f"{name}.{part}") for part in ("qkv", "out"))
         bias = dtype if config.qkv_bias else None
-        self.qkv = Linear(heads * dim, size, qkv, bias, (HEADS, None), parts)
+        self.qkv = Linear(heads * dim, size, qkv, bias, (QKV, None), parts)
         bias = dtype if config.linear_bias else None
         self.out = Linear(size, config.num_heads * dim, out, bias, (None, HEADS), parts)
         if config.qk_norm:
@@ -139,7 +140,7 @@ class MLP(nnx.Module):
         bias = precision.dtype if config.linear_bias else None
         if config.gated_mlp:
             dtype = precision.of(f"{name}.gate_up")
-            self.gate_up = Linear(2 * inner, size, dtype, bias, (INNER, None), parts)
+            self.gate_up = Linear(2 * inner, size, dtype, bias, (GATES, None), parts)
         else:
             dtype = precision.of(f"{name}.up")
             self.up = Linear(inner, size, dtype, bias, (INNER, None), parts)
@@ -160,13 +161,23 @@ class MLP(nnx.Module):
 
 class Layer(nnx.Module):
     def __init__(
-        self, config: ModelConfig, window: int, precision: Precision, name: str, parts: Parts
+        self,
+        config: ModelConfig,
+        window: int,
+        precision: Precision,
+        name: str,
+        parts: Parts,
+        whole: ModelConfig,
     ) -> None:
         norm = LayerNorm if config.layer_norm else RMSNorm
         size, eps, dtype = config.hidden_size, config.norm_eps, precision.dtype
         self.attn_norm, self.mlp_norm = norm(size, eps, dtype), norm(size, eps, dtype)
         self.attn = Attention(config, window, precision, f"{name}.attn", parts)
-        self.mlp = MLP(config, precision, f"{name}.mlp", parts)
+        self.mlp = (
+            Experts(config, whole, precision.dtype, parts)
+            if config.num_experts
+            else MLP(config, precision, f"{name}.mlp", parts)
+        )
         self.sandwich = config.sandwich_norms
         if self.sandwich:
             self.post_attn_norm, self.post_mlp_norm = (
@@ -198,7 +209,7 @@ class Decoder(nnx.Module):
             self.positions = Embedding(config.max_context, size, dtype)
         self.layers = nnx.List(
             [
-                Layer(own, config.window(i), precision, f"layers.{i}", parts)
+                Layer(own, config.window(i), precision, f"layers.{i}", parts, config)
                 for i in range(config.num_layers)
             ]
         )

@@ -128,7 +128,8 @@ def _matrix(
 ) -> tuple[nnx.Param[jax.Array], nnx.Param[jax.Array] | None]:
     scale = None
     if dtype == jnp.int8:
-        scale = nnx.Param(jnp.ones((out,), jnp.float32), axes=axes[:1])
+        # Where the input is divided, each part is quantised by itself.
+        scale = nnx.Param(jnp.ones((out,), jnp.float32), axes=(axes[0] or axes[1],))
     return nnx.Param(jnp.zeros((out, size), dtype), axes=axes), scale
 
 

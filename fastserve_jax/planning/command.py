@@ -9,8 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fastserve_jax.chips import ENVIRONMENT, chips
-from fastserve_jax.config import Settings
-from fastserve_jax.errors import ConfigError
+from fastserve_jax.config import Settings, parse_mesh
 
 _SETTINGS = Path(__file__).parents[1] / "configs" / "serve"
 
@@ -44,14 +43,3 @@ def run_plan(
         print(report.as_json(planned))
     else:
         report.show(planned, found.rates, Console())
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """ "model=4,data=2". Raises ConfigError."""
-    sizes = {}
-    for part in filter(None, text.split(",")):
-        axis, _, size = part.partition("=")
-        if not size.isdecimal() or int(size) == 0:
-            raise ConfigError(f"--mesh {text}: write it as model=4,data=2")
-        sizes[axis.strip()] = int(size)
-    return sizes

@@ -37,7 +37,9 @@ class Sizes:
     config: ModelConfig
     parts: Parts
     weight_bytes: int
-    matrix_elements: int  # that a token is multiplied with; without the head's
+    matrix_elements: int  # that a token is multiplied with; without the head's and experts'
+    expert_bytes: int  # of weight_bytes: of all experts
+    expert_elements: int
     head_elements: int
     embed_bytes: int  # of a table that is only looked up
     token_bytes: int  # of one token's keys and values in one layer
@@ -50,12 +52,22 @@ class Sizes:
             for i in range(config.num_layers)
         ]
         attended = 4 * own.num_heads * config.head_dim * sum(seen)
-        products = 2 * (self.matrix_elements * tokens + self.head_elements * rows)
+        multiplied = self.matrix_elements + self.expert_elements * self._share
+        products = 2 * (round(multiplied * tokens) + self.head_elements * rows)
+        # Experts that nobody chose are not read; who is chosen is as if by chance.
+        idle_bytes = round(self.expert_bytes * (1 - self._share) ** tokens)
+        read = self.weight_bytes - self.embed_bytes - idle_bytes
         return Work(
-            bytes_read=self.weight_bytes - self.embed_bytes + rows * sum(seen) * self.token_bytes,
+            bytes_read=read + rows * sum(seen) * self.token_bytes,
             operations=products + tokens * attended,
             link_bytes=self._link_bytes(rows, tokens),
         )
+
+    @property
+    def _share(self) -> float:
+        """Of all experts, those that a token goes through."""
+        config = self.config
+        return config.experts_per_token / config.num_experts if config.num_experts else 1.0
 
     def _link_bytes(self, rows: int, tokens: int) -> int:
         """A sum goes around a ring twice, all but one part of it (Patarasuk and Yuan, 2009)."""

@@ -61,7 +61,9 @@ class Planned:
     alias_bytes: int | None = None  # updated in place
     temp_bytes: int | None = None
     host_temp_bytes: int | None = None
-    collectives: dict[str, int] = field(default_factory=dict)
+    collectives: dict[str, int] = field(default_factory=dict)  # of the decoder
+    # Behind it: logits are joined, and every host is told what was drawn on each replica.
+    drawing_collectives: dict[str, int] = field(default_factory=dict)
     kernels: int | None = None
     compile_s: float | None = None
     kv_pages: int  # of all replicas
@@ -114,7 +116,7 @@ def _compiled(site: Site, step: str, tokens: int, pieces: list[Program]) -> Plan
     compile_s = time.perf_counter() - began
     memories: list[Any] = [program.memory_analysis() for program in built]
     first = memories[0]
-    text = "".join(program.as_text() or "" for program in built)
+    texts = [program.as_text() or "" for program in built]
     # The second runs beside the weights and the pages that only the first is given.
     beside = first.argument_size_in_bytes
     peak = beside + max(_grown(memory) for memory in memories)
@@ -126,10 +128,15 @@ def _compiled(site: Site, step: str, tokens: int, pieces: list[Program]) -> Plan
         alias_bytes=first.alias_size_in_bytes,
         temp_bytes=max(memory.temp_size_in_bytes for memory in memories),
         host_temp_bytes=max(memory.host_temp_size_in_bytes for memory in memories),
-        collectives=dict(Counter(found[1] for found in _COLLECTIVE.finditer(text))),
-        kernels=len(_KERNEL.findall(text)),
+        collectives=_collectives(texts[0]),
+        drawing_collectives=_collectives(texts[1]),
+        kernels=sum(len(_KERNEL.findall(text)) for text in texts),
         compile_s=round(compile_s, 2),
     )
+
+
+def _collectives(text: str) -> dict[str, int]:
+    return dict(Counter(found[1] for found in _COLLECTIVE.finditer(text)))
 
 
 def _grown(memory: Any) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import msgspec
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +21,8 @@ def as_json(planned: list[Planned]) -> str:
 
 def show(planned: list[Planned], rates: Rates, console: Console) -> None:
     first = planned[0]
-    mesh = " x ".join(f"{count} {axis}" for axis, count in first.mesh.items())
+    axes = {axis: count for axis, count in first.mesh.items() if count > 1 or axis != "expert"}
+    mesh = " x ".join(f"{count} {axis}" for axis, count in axes.items())
     lines = [f"[bold]{first.model}[/] on {first.chip}: {_devices(first)}, {mesh}"]
     for step in planned:
         lines.append(_memory(step))
@@ -68,7 +71,8 @@ def _memory(step: Planned) -> str:
 
 
 def _compiled(step: Planned) -> str:
-    joined = ", ".join(f"{count} {kind}" for kind, count in sorted(step.collectives.items()))
+    counts = Counter(step.collectives) + Counter(step.drawing_collectives)
+    joined = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
     whole = "all" if step.alias_bytes == step.kv_cache_bytes else f"{step.alias_bytes:,} bytes"
     return (
         f"{step.program}: compiled in {step.compile_s:.1f} s; {step.kernels} kernels; "

@@ -11,13 +11,12 @@ from jax.sharding import Mesh
 
 from fastserve_jax.chips import Chips
 from fastserve_jax.config import MOST_CONTEXT, Settings
-from fastserve_jax.errors import ConfigError
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import State, abstract, head_of, parameters
-from fastserve_jax.models.parts import MODEL, Parts
+from fastserve_jax.models.parts import Parts
 from fastserve_jax.models.precision import Precision
 from fastserve_jax.runtime.memory import FreeMemory, MemoryPlan, accelerator_memory, plan_memory
-from fastserve_jax.runtime.mesh import DATA, make_mesh
+from fastserve_jax.runtime.mesh import DATA, choose_axes, make_mesh, parts_of
 from fastserve_jax.runtime.shapes import Program
 from fastserve_jax.runtime.step import Steps, StepShape, programs
 from pallas_kernels import KVLayout
@@ -65,8 +64,9 @@ def make_site(
 ) -> Site:
     """Raises ConfigError for a mesh that cannot be, DoesNotFit where more pages are asked for than
     there is room; where not even one request fits, its pages are planned all the same."""
-    axes = choose_axes(config, len(found.devices), asked)
-    parts, precision = Parts(axes[MODEL]), _precision(settings.model.dtype)
+    axes = choose_axes(config, len(found.devices), asked, found.slices)
+    mesh = make_mesh(found.devices, **axes)
+    parts, precision = parts_of(mesh), _precision(settings.model.dtype)
     graph, empty = abstract(config, precision, parts)
     engine, own = settings.engine, parts.of(config)
     max_context = min(config.max_context, engine.max_context or MOST_CONTEXT)
@@ -95,39 +95,13 @@ def make_site(
         name=name,
         chip=chip,
         chips=found,
-        mesh=make_mesh(found.devices, axes[DATA], axes[MODEL]),
+        mesh=mesh,
         precision=precision,
         steps=Steps(graph, config, shape, parts),
         empty=empty,
         memory=memory,
         sizes=_sizes(config, parts, empty, shape.layout(own), precision),
     )
-
-
-def choose_axes(config: ModelConfig, devices: int, asked: dict[str, int]) -> dict[str, int]:
-    """Replicas and parts for so many devices. Without being asked: as many parts as divide the
-    model with each KV head on two devices at the most, and the rest replicas."""
-    unknown = asked.keys() - {DATA, MODEL}
-    if unknown:
-        raise ConfigError(f"--mesh has no axis {', '.join(sorted(unknown))}: data and model")
-    if MODEL not in asked:
-        most = devices // asked.get(DATA, 1)
-        model = max(n for n in range(1, most + 1) if most % n == 0 and _divides(config, n))
-    else:
-        model = asked[MODEL]
-        Parts(model).of(config)
-    data = asked.get(DATA, devices // model)
-    if data < 1 or model < 1 or data * model != devices:
-        raise ConfigError(f"a mesh of data={data}, model={model} does not make {devices} devices")
-    return {DATA: data, MODEL: model}
-
-
-def _divides(config: ModelConfig, count: int) -> bool:
-    try:
-        Parts(count).of(config)
-    except ConfigError:
-        return False
-    return count <= 2 * config.num_kv_heads
 
 
 def _precision(dtype: str) -> Precision:
@@ -143,16 +117,15 @@ def _sizes(
 ) -> Sizes:
     head = head_of(config, empty)
     looked_up = {"embed", "positions"} - ({"embed"} if config.tied_head else set())
-    matrices = [
-        (name, leaf)
-        for name, leaf in parameters(empty).items()
-        if name.startswith("layers.") and leaf.ndim == 2
-    ]
+    matrices = [leaf for name, leaf in parameters(empty).items() if name.startswith("layers.")]
+    experts = [leaf for leaf in matrices if leaf.ndim == 3]
     return Sizes(
         config=config,
         parts=parts,
         weight_bytes=_bytes(empty),
-        matrix_elements=sum(leaf.size for _, leaf in matrices),
+        matrix_elements=sum(leaf.size for leaf in matrices if leaf.ndim == 2),
+        expert_bytes=_bytes(experts),
+        expert_elements=sum(leaf.size for leaf in experts),
         head_elements=head.weight.size,
         embed_bytes=sum(
             _bytes(leaf)

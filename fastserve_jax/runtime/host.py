@@ -12,7 +12,7 @@ and changed in place. Knows page numbers only: not whose they are, nor why they 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +26,8 @@ from jax.typing import DTypeLike
 from fastserve_jax.core.types import Copies
 from pallas_kernels import gather_pages, scatter_pages
 
-from .shapes import Program, ints, like
+from .mesh import HOST, HOST_PAGES, PAGES, zeros
+from .shapes import Program, ints, like, stacked
 
 SIZES = (4, 16)  # pages of one call; a call itself costs as much as three pages
 _LANES = 128
@@ -43,15 +44,19 @@ class HostLayout:
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """One more: nobody's, for a replica that copies nothing while another does."""
         lanes = math.gcd(self.page_elements, _LANES)
-        return (self.num_pages, self.num_layers * self.page_elements // lanes, lanes)
+        return (self.num_pages + 1, self.num_layers * self.page_elements // lanes, lanes)
 
 
-def empty_host_pages(layout: HostLayout, dtype: DTypeLike, device: jax.Device) -> jax.Array | None:
+def empty_host_pages(layout: HostLayout, dtype: DTypeLike, mesh: Mesh | None) -> jax.Array | None:
     """None where there is no host tier. From numpy: the device might have no room to make them."""
     if not layout.num_pages:
         return None
-    pages: jax.Array = jax.device_put(np.zeros(layout.shape, dtype), _in_host_memory(device))
+    if mesh is not None:
+        return zeros(mesh, HOST_PAGES, layout.shape, dtype, "pinned_host")
+    there = _in_host_memory(jax.devices()[0])
+    pages: jax.Array = jax.device_put(np.zeros(layout.shape, dtype), there)
     return pages
 
 
@@ -165,41 +170,60 @@ def swap_programs(
         # A CPU's loop ends where the copies do: its largest program serves any number.
         if size == SIZES[-1] or not swaps.on_cpu:
             given = (kv_pages, host_pages, moves)
-            yield Program(f"swap_in[{size}]", swaps.swap_in, given, (0,), placed=here)
+            specs = (PAGES, HOST_PAGES, HOST), (PAGES, HOST)
+            yield Program(f"swap_in[{size}]", swaps.swap_in, given, (0,), specs, placed=here)
         out = (host_pages, kv_pages, moves)
-        yield Program(f"swap_out[{size}]", swaps.swap_out, out, (0,), placed=(there, here))
+        specs = (HOST_PAGES, PAGES, HOST), (HOST_PAGES, HOST)
+        placed = (there, here)
+        yield Program(f"swap_out[{size}]", swaps.swap_out, out, (0,), specs, placed)
 
 
 class HostTier:
     """The host pages and their programs; the KV pages are the caller's.
 
     Both ways return an array that is there when the copies are: unlike what was written, it is
-    nobody's to donate.
+    nobody's to donate. Copies are those of each replica.
     """
 
-    def __init__(self, host_pages: jax.Array, programs: Mapping[str, jax.stages.Compiled]) -> None:
+    def __init__(
+        self,
+        host_pages: jax.Array,
+        num_host_pages: int,
+        num_pages: int,
+        programs: Mapping[str, jax.stages.Compiled],
+    ) -> None:
         self._host_pages = host_pages  # donated to every swap out
+        # What a replica without copies moves meanwhile: to nobody's page, and to none at all.
+        self._idle = {"swap_out": (0, num_host_pages), "swap_in": (num_host_pages, num_pages)}
         self._programs = programs
 
-    def swap_out(self, kv_pages: list[jax.Array], copies: Copies) -> jax.Array:
+    def swap_out(self, kv_pages: list[jax.Array], copies: Sequence[Copies]) -> jax.Array:
         done: jax.Array
         for program, moves in self._calls("swap_out", copies):
             self._host_pages, done = program(self._host_pages, kv_pages, moves)
         return done
 
     def swap_in(
-        self, kv_pages: list[jax.Array], copies: Copies
+        self, kv_pages: list[jax.Array], copies: Sequence[Copies]
     ) -> tuple[list[jax.Array], jax.Array]:
         """`kv_pages` are donated."""
         for program, moves in self._calls("swap_in", copies):
             kv_pages, done = program(kv_pages, self._host_pages, moves)
         return kv_pages, done
 
-    def _calls(self, name: str, copies: Copies) -> Iterator[tuple[jax.stages.Compiled, Moves]]:
+    def _calls(
+        self, name: str, copies: Sequence[Copies]
+    ) -> Iterator[tuple[jax.stages.Compiled, Moves]]:
         known = [size for size in SIZES if f"{name}[{size}]" in self._programs]
-        for first in range(0, len(copies), known[-1]):
-            some = copies[first : first + known[-1]]
-            size = next(size for size in known if size >= len(some))
-            padded = np.array([*some, *[some[-1]] * (size - len(some))], np.int32)
-            sources, targets = np.ascontiguousarray(padded.T)
-            yield self._programs[f"{name}[{size}]"], Moves(sources, targets, np.int32(len(some)))
+        for first in range(0, max(map(len, copies)), known[-1]):
+            some = [own[first : first + known[-1]] for own in copies]
+            size = next(size for size in known if size >= max(map(len, some)))
+            program = self._programs[f"{name}[{size}]"]
+            yield program, stacked([_moves(own, size, self._idle[name]) for own in some])
+
+
+def _moves(copies: Copies, size: int, idle: tuple[int, int]) -> Moves:
+    last = copies[-1] if copies else idle
+    padded = np.array([*copies, *[last] * (size - len(copies))], np.int32)
+    sources, targets = np.ascontiguousarray(padded.T)
+    return Moves(sources, targets, np.int32(len(copies)))

@@ -156,14 +156,17 @@ def free_memory(device: jax.Device) -> FreeMemory:
         return accelerator_memory(stats["bytes_limit"] - stats["bytes_in_use"])
     whole_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     whole_bytes = min(whole_bytes, _group_bytes()[0])
-    return FreeMemory(_free_host_bytes(), CPU_FRACTION, CPU_GRAIN, whole_bytes=whole_bytes)
+    beside = len(device.client.local_devices())  # it shares what there is with
+    free_bytes = _free_host_bytes() // beside
+    return FreeMemory(free_bytes, CPU_FRACTION, CPU_GRAIN, whole_bytes=whole_bytes // beside)
 
 
 def free_host_memory(device: jax.Device) -> FreeMemory:
     """What this process may still take of host memory beside `device`."""
     if device.platform == "cpu":
         return replace(free_memory(device), shared=True)
-    return FreeMemory(_free_host_bytes(), HOST_FRACTION, DEVICE_GRAIN)
+    beside = len(device.client.local_devices())
+    return FreeMemory(_free_host_bytes() // beside, HOST_FRACTION, DEVICE_GRAIN)
 
 
 def give_back_memory() -> None:

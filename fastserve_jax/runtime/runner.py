@@ -1,20 +1,22 @@
 """Carries out a Plan: the one place where a plan's ints meet the device's arrays.
 
 Programs are dispatched from the caller's thread, which costs about as much as building their
-arguments; one worker thread waits for results. Every step's arguments are fresh numpy arrays: the
-CPU backend may alias them, and a reused buffer would change a step in flight. Decides nothing.
+arguments; one worker thread waits for results. Decides nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from itertools import zip_longest
+from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from fastserve_jax.core.types import (
     Admission,
@@ -22,7 +24,6 @@ from fastserve_jax.core.types import (
     Plan,
     Proposed,
     Sampled,
-    Sampling,
     Scored,
     StepResult,
     TopLogprobs,
@@ -34,31 +35,39 @@ from fastserve_jax.models.decoder import Batch, State, head_of
 from . import sampling
 from .drafter import Drafter, Drafting
 from .host import HostTier
+from .lane import DrawnRows, Lane, ScoredRows
+from .mesh import REPLICAS, alike, replicas_of
 from .sampling import Drawn
-from .step import Rows, Scores, StepShape
+from .shapes import stacked
+from .step import Scores, StepShape
 
-
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """What a slot's results must be shaped by."""
-
-    prompt_tokens: int
-    sampling: Sampling
+type Works = tuple[Work, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """A dispatched step: device arrays, and which request each row belongs to."""
+    """A dispatched step: device arrays, and whose row each is, replica by replica."""
 
     done: jax.Array | None  # there when all else is; None: nothing was to be done
     drawn: Drawn | None
-    sampled: tuple[tuple[int, Sampling], ...]  # request and rules, by row of `drawn`
+    sampled: tuple[DrawnRows, ...]  # by row of `drawn`
     scores: Scores | None
-    scored: tuple[tuple[int, int, int], ...]  # request, position, alternatives, by row of `scores`
+    scored: tuple[ScoredRows, ...]  # by row of `scores`
+
+
+class Watcher(Protocol):
+    """Told of every plan, in order, before it begins and when it has ended."""
+
+    def begins(self, plan: Plan) -> None: ...
+    def ends(self, result: StepResult) -> None: ...
 
 
 class DeviceRunner:
-    """Owns pages, slots and parameters on the device, and the host pages. A context manager."""
+    """Owns pages, slots and parameters on the device, and the host pages. A context manager.
+
+    Over a mesh each replica carries out a plan of its own, all of them in one step; a plan that
+    says nothing of replicas is everybody's.
+    """
 
     def __init__(
         self,
@@ -69,18 +78,23 @@ class DeviceRunner:
         programs: Mapping[str, jax.stages.Compiled],
         host_pages: jax.Array | None = None,
         drafter: Drafter | None = None,
+        mesh: Mesh | None = None,
+        watcher: Watcher | None = None,
     ) -> None:
         assert (host_pages is not None) == (shape.host_pages > 0)
         self.shape = shape
         self._params, self._programs = jax.tree.leaves(params), programs
-        self._config = config
         self._head = head_of(config, params)
         self._kv_pages = kv_pages  # donated to every step
         self._drafter = drafter
-        self._host = None if host_pages is None else HostTier(host_pages, programs)
+        self._host = None
+        if host_pages is not None:
+            self._host = HostTier(host_pages, shape.host_pages, shape.num_pages, programs)
         self._state = sampling.empty_state(shape.max_slots, shape.max_context, config.vocab_size)
-        self._page_table = np.zeros((shape.max_slots, shape.pages_per_row), np.int32)
-        self._given: dict[int, _Given] = {}  # by slot
+        if mesh is not None:
+            self._state = jax.tree.map(lambda x: alike(mesh, REPLICAS, x), self._state)
+        self._lanes = [Lane(shape, config.vocab_size) for _ in range(replicas_of(mesh))]
+        self._watcher = watcher
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="device")
 
     def __enter__(self) -> DeviceRunner:
@@ -95,15 +109,28 @@ class DeviceRunner:
 
     @property
     def page_bytes(self) -> int:
-        return sum(pages.nbytes for pages in self._kv_pages) // self.shape.num_pages
+        """Of one page of one replica."""
+        held = self.shape.num_pages * len(self._lanes)
+        return sum(pages.nbytes for pages in self._kv_pages) // held
 
     def dispatch(self, plan: Plan) -> Awaitable[StepResult]:
-        pending = self._start(plan)
-        return asyncio.get_running_loop().run_in_executor(self._waiter, _fetch, pending)
+        return asyncio.get_running_loop().run_in_executor(self._waiter, self.begin(plan))
 
     def run(self, plan: Plan) -> StepResult:
         """`dispatch`, waited for: where no event loop runs."""
-        return _fetch(self._start(plan))
+        return self.begin(plan)()
+
+    def begin(self, plan: Plan) -> Callable[[], StepResult]:
+        """Dispatches `plan`; what it returns waits for it, and is called in the same order."""
+        if self._watcher is not None:
+            self._watcher.begins(plan)
+        return partial(self._finish, self._start(plan))
+
+    def _finish(self, pending: _Pending) -> StepResult:
+        result = _fetch(pending)
+        if self._watcher is not None:
+            self._watcher.ends(result)
+        return result
 
     def propose(self, ask: Ask) -> Awaitable[Proposed]:
         """What the draft model says comes next, of sequences whose known tokens are all here."""
@@ -121,119 +148,80 @@ class DeviceRunner:
         return drafting
 
     def _start(self, plan: Plan) -> _Pending:
-        done = self._swap(plan)
-        for admission in plan.admissions:
-            self._admit(admission)
-        if plan.guesses:
-            self._guess(plan.work)
-        return self._launch(plan.work) if plan.work else _Pending(done, None, (), None, ())
+        plans = plan.replicas or (plan,) * len(self._lanes)
+        assert len(plans) == len(self._lanes), "a plan for each replica"
+        done = self._swap(plans)
+        for admissions in zip_longest(*(own.admissions for own in plans)):
+            self._admit(admissions)
+        works = [own.work for own in plans]
+        if any(own.guesses for own in plans):
+            self._guess(works)
+        return self._launch(works) if any(works) else _Pending(done, None, (), None, ())
 
-    def _swap(self, plan: Plan) -> jax.Array | None:
+    def _swap(self, plans: Sequence[Plan]) -> jax.Array | None:
         done = None
-        if plan.swap_out or plan.swap_in:
+        out, back = [own.swap_out for own in plans], [own.swap_in for own in plans]
+        if any(out):
             assert self._host is not None, "there is no host tier"
-            if plan.swap_out:
-                done = self._host.swap_out(self._kv_pages, plan.swap_out)
-            if plan.swap_in:  # reads what was swapped out, so it is done no sooner
-                self._kv_pages, done = self._host.swap_in(self._kv_pages, plan.swap_in)
+            done = self._host.swap_out(self._kv_pages, out)
+        if any(back):  # reads what was swapped out, so it is done no sooner
+            assert self._host is not None, "there is no host tier"
+            self._kv_pages, done = self._host.swap_in(self._kv_pages, back)
         return done
 
-    def _admit(self, admission: Admission) -> None:
-        row = sampling.slot_row(admission, self.shape.max_context, self._config.vocab_size)
-        self._state = self._programs["admit"](self._state, np.int32(admission.slot), row)
-        self._given[admission.slot] = _Given(admission.prompt_tokens, admission.sampling)
+    def _admit(self, admissions: Sequence[Admission | None]) -> None:
+        pairs = zip(self._lanes, admissions, strict=True)
+        rows = [lane.admit_nobody() if who is None else lane.admit(who) for lane, who in pairs]
+        self._state = self._programs["admit"](self._state, *stacked(rows))
 
-    def _guess(self, works: tuple[Work, ...]) -> None:
-        """Forward reads its tokens in the histories, and sampling what stands before each."""
-        rows = self.shape.row_buckets[-1]
-        slots, positions, tokens = np.full((3, rows), self.shape.max_slots, np.int32)
-        at = 0
-        for work in works:
-            if not work.guesses:
-                continue
-            end = at + len(work.guesses)
-            slots[at:end], tokens[at:end] = work.slot, work.guesses
-            positions[at:end] = range(work.start + 1, work.start + work.count)
-            at = end
-        history = self._programs["guess"](self._state.history, slots, positions, tokens)
+    def _guess(self, works: Sequence[Works]) -> None:
+        guesses = stacked([lane.guesses(own) for lane, own in self._with(works)])
+        history = self._programs["guess"](self._state.history, *guesses)
         self._state = self._state._replace(history=history)
 
-    def _launch(self, works: tuple[Work, ...]) -> _Pending:
-        batch, tokens = self._batch(works)
-        bucket = _bucket(self.shape.token_buckets, tokens)
-        forward = self._programs[f"forward[{bucket}]"]
-        self._kv_pages, hidden = forward(self._params, self._kv_pages, self._state.history, batch)
+    def _with(self, works: Sequence[Works]) -> Iterator[tuple[Lane, Works]]:
+        return zip(self._lanes, works, strict=True)
+
+    def _launch(self, works: Sequence[Works]) -> _Pending:
+        batches = [lane.batch(own) for lane, own in self._with(works)]
+        tokens = max(int(batch.cu_q_lens[-1]) for batch in batches)
+        forward = self._programs[f"forward[{_bucket(self.shape.token_buckets, tokens)}]"]
+        history = self._state.history
+        batch = stacked(batches)
+        self._kv_pages, hidden = forward(self._params, self._kv_pages, history, batch)
         # Scored first: drawing donates the history that scoring reads.
-        scores, scored = self._score(works, batch, hidden)
-        drawn, sampled = self._sample(works, batch, hidden)
+        scores, scored = self._score(works, batches, hidden)
+        drawn, sampled = self._sample(works, batches, hidden)
         return _Pending(hidden, drawn, sampled, scores, scored)
 
-    def _batch(self, works: tuple[Work, ...]) -> tuple[Batch, int]:
-        rows = self.shape.max_slots
-        slots, kv_lens = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        cu_q_lens = np.zeros(rows + 1, np.int32)
-        ones = tokens = 0
-        for row, work in enumerate(works):
-            end = work.first_page + len(work.pages)
-            self._page_table[work.slot, work.first_page : end] = work.pages
-            slots[row], kv_lens[row] = work.slot, work.start + work.count
-            tokens += work.count
-            cu_q_lens[row + 1] = tokens
-            ones += work.count == 1
-        cu_q_lens[len(works) + 1 :] = tokens
-        distribution = np.array([ones, len(works)], np.int32)
-        return Batch(slots, kv_lens, self._page_table[slots], cu_q_lens, distribution), tokens
-
     def _sample(
-        self, works: tuple[Work, ...], batch: Batch, hidden: jax.Array
-    ) -> tuple[Drawn | None, tuple[tuple[int, Sampling], ...]]:
-        """One token behind the last known one, and one behind each guess."""
-        ending = [
-            (int(batch.cu_q_lens[row + 1]) - 1 - back, work.start + work.count - back, work)
-            for row, work in enumerate(works)
-            if work.samples
-            for back in range(len(work.guesses), -1, -1)
-        ]
-        if not ending:
+        self, works: Sequence[Works], batches: Sequence[Batch], hidden: jax.Array
+    ) -> tuple[Drawn | None, tuple[DrawnRows, ...]]:
+        both = zip(self._with(works), batches, strict=True)
+        ends, sampled = zip(*(lane.drawn(own, batch) for (lane, own), batch in both), strict=True)
+        if not any(sampled):
             return None, ()
-        bucket = _bucket(self.shape.row_buckets, len(ending))
-        rows = _empty_rows(bucket, self.shape.max_slots)
-        for i, (at, position, work) in enumerate(ending):
-            rows.hidden[i], rows.slots[i], rows.positions[i] = at, work.slot, position
+        bucket = _bucket(self.shape.row_buckets, max(map(len, sampled)))
+        rows = stacked([own.rows(bucket, self.shape.max_slots) for own in ends])
         sample = self._programs[f"sample[{bucket}]"]
         self._state, drawn = sample(self._head, self._state, hidden, rows)
-        return drawn, tuple((w.request_id, self._given[w.slot].sampling) for *_, w in ending)
+        return drawn, sampled
 
     def _score(
-        self, works: tuple[Work, ...], batch: Batch, hidden: jax.Array
-    ) -> tuple[Scores | None, tuple[tuple[int, int, int], ...]]:
-        """Every prompt token that follows one of this step's, where the request asked for it."""
-        rows = _empty_rows(self.shape.step_tokens, 0)
-        scored: list[tuple[int, int, int]] = []
-        for row, work in enumerate(works):
-            given = self._given[work.slot]
-            if given.sampling.prompt_logprobs is None:
-                continue
-            first = int(batch.cu_q_lens[row])
-            for i in range(min(work.count, given.prompt_tokens - 1 - work.start)):
-                at, position = len(scored), work.start + i + 1
-                rows.hidden[at], rows.slots[at], rows.positions[at] = first + i, work.slot, position
-                scored.append((work.request_id, position, given.sampling.prompt_logprobs))
-        if not scored:
+        self, works: Sequence[Works], batches: Sequence[Batch], hidden: jax.Array
+    ) -> tuple[Scores | None, tuple[ScoredRows, ...]]:
+        both = zip(self._with(works), batches, strict=True)
+        ends, scored = zip(*(lane.scored(own, batch) for (lane, own), batch in both), strict=True)
+        if not any(scored):
             return None, ()
-        score, history = self._programs["score"], self._state.history
-        scores = score(self._head, history, hidden, rows, np.int32(len(scored)))
-        return scores, tuple(scored)
+        rows = stacked([own.rows(self.shape.step_tokens, 0) for own in ends])
+        count = stacked([np.int32(len(own)) for own in scored])
+        history = self._state.history
+        return self._programs["score"](self._head, history, hidden, rows, count), scored
 
 
 def _bucket(sizes: tuple[int, ...], wanted: int) -> int:
     return next(size for size in sizes if size >= wanted)
-
-
-def _empty_rows(count: int, slot: int) -> Rows:
-    return Rows(
-        np.zeros(count, np.int32), np.full(count, slot, np.int32), np.zeros(count, np.int32)
-    )
 
 
 def _fetch(pending: _Pending) -> StepResult:
@@ -244,25 +232,42 @@ def _fetch(pending: _Pending) -> StepResult:
         if pending.done is not None:
             pending.done.block_until_ready()
     else:
-        tokens = np.asarray(pending.drawn.tokens).tolist()
-        wanted = any(rules.logprobs is not None for _, rules in pending.sampled)
-        lists = _lists(pending.drawn[1:]) if wanted else ()
-        for row, (request_id, rules) in enumerate(pending.sampled):
-            token = tokens[row] if tokens[row] >= 0 else None
-            sampled = Sampled(token)
-            if rules.logprobs is not None and token is not None:
-                sampled = Sampled(token, *_logprobs(lists, row, rules.logprobs))
-            drawn.setdefault(request_id, []).append(sampled)
+        arrays = _of_each(pending.drawn, len(pending.sampled))
+        for own, rows in zip(arrays, pending.sampled, strict=True):
+            _sort_drawn(own, rows, drawn)
     if pending.scores is not None:
-        lists = _lists(pending.scores)
-        for row, (request_id, position, count) in enumerate(pending.scored):
-            logprob, top = _logprobs(lists, row, count)
-            scored.setdefault(request_id, []).append(Scored(position, logprob, top))
+        arrays = _of_each(pending.scores, len(pending.scored))
+        for own, places in zip(arrays, pending.scored, strict=True):
+            lists = _lists(own)
+            for row, (request_id, position, count) in enumerate(places):
+                logprob, top = _logprobs(lists, row, count)
+                scored.setdefault(request_id, []).append(Scored(position, logprob, top))
     return StepResult(
         {request_id: first for request_id, (first, *_) in drawn.items()},
         {request_id: tuple(s) for request_id, s in scored.items()},
         {request_id: tuple(rest) for request_id, (_, *rest) in drawn.items() if rest},
     )
+
+
+def _sort_drawn(arrays: tuple[Any, ...], rows: DrawnRows, drawn: dict[int, list[Sampled]]) -> None:
+    """Into lists by request."""
+    tokens = np.asarray(arrays[0]).tolist()
+    wanted = any(rules.logprobs is not None for _, rules in rows)
+    lists = _lists(arrays[1:]) if wanted else ()
+    for row, (request_id, rules) in enumerate(rows):
+        token = tokens[row] if tokens[row] >= 0 else None
+        sampled = Sampled(token)
+        if rules.logprobs is not None and token is not None:
+            sampled = Sampled(token, *_logprobs(lists, row, rules.logprobs))
+        drawn.setdefault(request_id, []).append(sampled)
+
+
+def _of_each(arrays: tuple[jax.Array, ...], replicas: int) -> list[tuple[Any, ...]]:
+    """What of stacked arrays is each replica's."""
+    if replicas == 1:
+        return [arrays]
+    whole = [np.asarray(array) for array in arrays]
+    return [tuple(array[own] for array in whole) for own in range(replicas)]
 
 
 def _proposed(drafting: Drafting) -> Proposed:

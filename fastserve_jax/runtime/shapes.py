@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
@@ -36,6 +37,14 @@ def like(shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding | None = N
 
 def ints(*shape: int) -> Any:
     return like(shape, jnp.int32)
+
+
+def stacked[T](of_each: Sequence[T]) -> T:
+    """Numpy trees, one for each replica, as a program of them all takes them."""
+    if len(of_each) == 1:
+        return of_each[0]
+    joined: T = jax.tree.map(lambda *xs: np.stack(xs), *of_each)
+    return joined
 
 
 def abstract(x: jax.Array) -> Any:

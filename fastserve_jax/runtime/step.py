@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import export, lax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from fastserve_jax.core.types import MAX_TOP_LOGPROBS
@@ -44,7 +45,7 @@ from pallas_kernels import KVLayout, target
 
 from . import sampling
 from .host import HostLayout, swap_programs
-from .mesh import PAGES, REPLICAS, spec_of
+from .mesh import HOST, PAGES, REPLICAS, spec_of, zeros
 from .sampling import Drawn, SlotState
 from .shapes import Program, abstract, ints, like
 
@@ -99,9 +100,14 @@ def buckets(largest: int) -> tuple[int, ...]:
     return (*sizes, largest) if largest > SMALLEST_BUCKET else (SMALLEST_BUCKET,)
 
 
-def empty_pages(config: ModelConfig, shape: StepShape, dtype: DTypeLike) -> list[jax.Array]:
-    """One array per layer, as KVLayout says."""
-    return [jnp.zeros(shape.layout(config).shape, dtype) for _ in range(config.num_layers)]
+def empty_pages(
+    config: ModelConfig, shape: StepShape, dtype: DTypeLike, mesh: Mesh | None = None
+) -> list[jax.Array]:
+    """One array per layer, as KVLayout says; over a mesh, of what each device has of `config`."""
+    layout = shape.layout(config).shape
+    if mesh is None:
+        return [jnp.zeros(layout, dtype) for _ in range(config.num_layers)]
+    return [zeros(mesh, PAGES, layout, dtype) for _ in range(config.num_layers)]
 
 
 class Rows(NamedTuple):
@@ -239,20 +245,33 @@ def programs(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[Program]
     for tokens in reversed(shape.token_buckets):
         forward = partial(forward_by_leaves, tokens=tokens)
         given = (leaves, kv_pages, state.history, batch)
-        specs = (divided, PAGES, REPLICAS, REPLICAS), (PAGES, REPLICAS)
+        specs = (divided, PAGES, REPLICAS, HOST), (PAGES, REPLICAS)
         yield Program(f"forward[{tokens}]", forward, given, donated=(1,), specs=specs)
 
     for count in shape.row_buckets:
         rows = Rows(ints(count), ints(count), ints(count))
         drawn_from = (head, state, hidden, rows)
-        of_rows = (head_divided, REPLICAS, REPLICAS, REPLICAS), (REPLICAS, REPLICAS)
+        of_rows = (head_divided, REPLICAS, REPLICAS, HOST), (REPLICAS, HOST)
         yield Program(f"sample[{count}]", steps.sample, drawn_from, donated=(1,), specs=of_rows)
 
     rows = Rows(*[ints(shape.step_tokens)] * 3)
-    yield Program("score", steps.score, (head, state.history, hidden, rows, ints()))
+    yield Program(
+        "score",
+        steps.score,
+        (head, state.history, hidden, rows, ints()),
+        specs=((head_divided, REPLICAS, REPLICAS, HOST, HOST), HOST),
+    )
     if shape.guesses:
-        guessed = [ints(shape.row_buckets[-1])] * 3
-        yield Program("guess", guess, (state.history, *guessed), donated=(0,))
+        guessed = (state.history, *[ints(shape.row_buckets[-1])] * 3)
+        yield Program(
+            "guess", guess, guessed, donated=(0,), specs=((REPLICAS, HOST, HOST, HOST), REPLICAS)
+        )
     slot_row = tuple(like(x.shape[1:], x.dtype) for x in state)
-    yield Program("admit", sampling.admit, (state, ints(), slot_row), donated=(0,))
-    yield from swap_programs(shape.host_layout(config), kv_pages, jax.devices()[0])
+    yield Program(
+        "admit",
+        sampling.admit,
+        (state, ints(), slot_row),
+        donated=(0,),
+        specs=((REPLICAS, HOST, HOST), REPLICAS),
+    )
+    yield from swap_programs(shape.host_layout(steps.own), kv_pages, jax.devices()[0])

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..core.cost import CostModel, StepLoad
 from ..core.simulate import Run
+from ..core.simulate_replicas import Routing
 from .workload import FloatArray, IntArray, Workload
 
 SLO_S = 0.3  # seconds per output token, all waiting included: FastServe's bound
@@ -65,6 +66,29 @@ def row(
         "swap_bytes_per_token": _ratio(device.page_bytes * moved, produced),
         "preemptions_per_request": _ratio(run.stats.preemptions, len(workload)),
         "plan_commit_us": _ratio(run.plan_commit_s * 1e6, run.steps),
+    }
+
+
+def routed(replicas: int, router: str, workload: Workload, run: Run, routing: Routing) -> Row:
+    """What is added of several replicas: how evenly they were busy, what of prompts was cached, and
+    when the router or a scheduler, on a core like this one, would be the bound.
+
+    router_most_per_s is how many requests a second one router decides; scheduler_share what of the
+    steps' time one replica's planning takes: at 1 its device would wait for it.
+    """
+    route_s = _ratio(routing.route_s, routing.decisions)
+    span_s = run.offered_s or run.end_s
+    sent = [routing.sent.get(str(number), 0) for number in range(replicas)]
+    return {
+        "replicas": replicas,
+        "router": router,
+        "route_us": route_s * 1e6,
+        "router_most_per_s": _ratio(1.0, route_s),
+        "router_share": _ratio(route_s * len(workload), span_s),
+        "scheduler_share": _ratio(run.plan_commit_s, run.busy_s),
+        "busy_share": _ratio(run.busy_s, replicas * run.end_s),
+        "most_sent_over_mean": _ratio(max(sent) * replicas, sum(sent)),
+        "cached_share": _ratio(run.stats.prefix_hit_tokens, run.stats.prefix_query_tokens),
     }
 
 

@@ -32,6 +32,10 @@ class Study:
         and pages; arrivals are stretched to them. Without it they stay as they are.
     seeds
         Runs to average over: other requests of a generated load, other windows of a trace.
+    replicas
+        Servers behind one router; --rho is then a share of what all complete.
+    router
+        prefix, least or round-robin: who a request goes to, among several replicas.
     slots
         Requests that run together in one step.
     pages
@@ -61,6 +65,8 @@ class Study:
     policy: str = "fcfs,mlfq,adaptive"
     rho: str | None = None
     seeds: int = 1
+    replicas: int = 1
+    router: str = "prefix"
     slots: int = 16
     pages: int | None = None
     host_pages: int | None = None

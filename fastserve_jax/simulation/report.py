@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from .measures import SLO_S, slo_throughput
+from .measures import SLO_S, Row, slo_throughput
 from .run import Outcome
 
 console = Console(stderr=True, highlight=False)  # standard output is for the table
@@ -149,7 +149,33 @@ def remarks(outcomes: list[Outcome]) -> list[str]:
         if unfinished:
             total = sum(int(outcome.row["requests"] or 0) for outcome in of)
             lines.append(f"{name}: {unfinished:,} of {total:,} requests did not finish")
-    return lines + _held(outcomes)
+    return lines + _routed(outcomes) + _held(outcomes)
+
+
+def _routed(outcomes: list[Outcome]) -> list[str]:
+    """Of several replicas: how they were used, and what would be the bound with more of them."""
+    lines = []
+    for outcome in outcomes:
+        row, cell = outcome.row, outcome.cell
+        if cell.replicas == 1 or cell.seed:
+            continue
+
+        def number(key: str, row: Row = row) -> float:
+            value = row[key]
+            assert isinstance(value, int | float)
+            return value
+
+        at = "" if cell.rho is None else f" at {cell.rho:g}"
+        lines += [
+            f"{row['policy']}{at}: {cell.replicas:,} replicas are busy {number('busy_share'):.0%}, "
+            f"one has {number('most_sent_over_mean'):.2f}x the mean of requests, "
+            f"{number('cached_share'):.0%} of prompts is cached",
+            f"  the router ({cell.router}) decides in {number('route_us'):.1f} µs, "
+            f"{number('router_share'):.1%} of this core; {number('router_most_per_s'):,.0f} "
+            f"requests/s would fill it. A scheduler takes {number('scheduler_share'):.1%} of its "
+            "replica's steps",
+        ]
+    return lines
 
 
 def _held(outcomes: list[Outcome]) -> list[str]:

@@ -11,23 +11,27 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 
 from ..core.cost import CostModel
 from ..core.mlfq import SkipJoinMLFQ
 from ..core.policy import POLICIES, Lengths, Policy, make_policy
+from ..core.routing import Router
 from ..core.scheduler import Limits, Scheduler
 from ..core.simulate import Run, Sample, simulate
+from ..core.simulate_replicas import Routing, simulate_replicas
 from ..errors import ConfigError
 from .load import parse_load
-from .measures import Row, completion_s, first_token_delay_s, row
+from .measures import Row, completion_s, first_token_delay_s, routed, row
 from .traces import read_trace
-from .workload import FloatArray, IntArray, Workload
+from .workload import BLOCK_TOKENS, FloatArray, IntArray, Workload
 
 DEFAULT_SIGMA = 0.6  # of a predictor's error, in logarithm
 DEFAULT_STEP_TOKENS = 512
 _TIMELINE_SAMPLES = 400
+_ENOUGH = 2000  # requests, to say what one replica completes
 _TRUE_LENGTHS = ("sjf-oracle", "srpt-oracle")
 # What may stand behind a policy's name: a predictor's error, or the seconds until starvation.
 _OPTIONS = {
@@ -123,11 +127,14 @@ class Cell:
     page_size: int = 16
     until_s: float = math.inf
     timeline: bool = False  # keep samples of the scheduler
+    replicas: int = 1
+    router: str = ""  # where there are several
 
     @property
     def ground(self) -> str:
         """Equal for cells that share one capacity."""
-        return repr(replace(self, policy="", rho=None, timeline=False, until_s=0.0))
+        plain = {"policy": "", "rho": None, "timeline": False, "until_s": 0.0, "router": ""}
+        return repr(replace(self, **plain))  # type: ignore[arg-type]
 
 
 @dataclass(slots=True)
@@ -193,6 +200,10 @@ def prepare(cell: Cell) -> tuple[Workload, Limits, int]:
 def capacity(cell: Cell, tell: Tell = _silent) -> float:
     """Requests a second that FCFS completes when all are there from the start: counted while it
     is busy with full slots, hence without the first and the last fifth of the run."""
+    if cell.replicas > 1:  # each completes what one does, of fewer requests
+        n = min(cell.source.n or _ENOUGH, _ENOUGH)
+        one = replace(cell, replicas=1, source=replace(cell.source, n=n))
+        return cell.replicas * capacity(one, tell)
     workload, limits, _ = prepare(cell)
     whole_run = replace(cell, until_s=math.inf)
     run = _simulate(whole_run, parse_policy("fcfs"), workload.at_once(), limits, tell)
@@ -213,7 +224,11 @@ def run_cell(cell: Cell, of_capacity: float | None = None, tell: Tell = _silent)
     if cell.timeline:
         shortest_s = len(workload) / of_capacity if of_capacity else 0.0
         every_s = max(float(workload.arrival_s[-1]), shortest_s, 1.0) / _TIMELINE_SAMPLES
-    run = _simulate(cell, choice, workload, limits, tell, every_s)
+    routing = None
+    if cell.replicas > 1:
+        run, routing = _simulate_replicas(cell, choice, workload, limits, tell)
+    else:
+        run = _simulate(cell, choice, workload, limits, tell, every_s)
     found = row(
         choice.written,
         workload.name,
@@ -226,6 +241,8 @@ def run_cell(cell: Cell, of_capacity: float | None = None, tell: Tell = _silent)
         cell.device,
         limits.step_tokens,
     )
+    if routing is not None:
+        found |= routed(cell.replicas, cell.router, workload, run, routing)
     jct_s = completion_s(workload, run)
     return Outcome(
         cell,
@@ -262,5 +279,27 @@ def _simulate(
         timer=time.perf_counter,
         sample_every_s=every_s,
         until_s=cell.until_s,
+        progress=lambda finished: tell(finished / len(workload)),
+    )
+
+
+def _simulate_replicas(
+    cell: Cell, choice: PolicyChoice, workload: Workload, limits: Limits, tell: Tell
+) -> tuple[Run, Routing]:
+    def scheduler() -> Scheduler:
+        cost = cell.device.copy()
+        return Scheduler(limits, choice.make(limits, cost, workload, cell.seed), cost)
+
+    blocks = workload.blocks
+    return simulate_replicas(
+        [scheduler() for _ in range(cell.replicas)],
+        Router(cell.router, Random(cell.seed).sample),
+        workload.arrivals(limits.num_pages * limits.page_size),
+        workload.lengths(),
+        cell.device,
+        expected_tokens=float(workload.output_tokens.mean()),
+        beginnings=(lambda _: ()) if blocks is None else blocks.__getitem__,
+        block_tokens=BLOCK_TOKENS,
+        timer=time.perf_counter,
         progress=lambda finished: tell(finished / len(workload)),
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from ..core.routing import POLICIES as ROUTERS
 from ..errors import ConfigError
 from . import report
 from .devices import read_device
@@ -45,6 +46,8 @@ def cells(study: Study) -> list[Cell]:
             page_size=study.page_size,
             until_s=math.inf if study.until is None else study.until,
             timeline=study.pictures is not None and seed == 0 and rho == loads[-1],
+            replicas=study.replicas,
+            router=study.router if study.replicas > 1 else "",
         )
         for rho in dict.fromkeys(loads)
         for name in names
@@ -61,6 +64,7 @@ def _check(study: Study) -> None:
         )
     least = {
         "--seeds": (study.seeds, 1),
+        "--replicas": (study.replicas, 1),
         "--n": (study.n, 1),
         "--slots": (study.slots, 1),
         "--pages": (study.pages, 1),
@@ -72,6 +76,10 @@ def _check(study: Study) -> None:
     for name, (value, bound) in least.items():
         if value is not None and value < bound:
             raise ConfigError(f"{name} is {value}, it must be at least {bound}")
+    if study.router not in ROUTERS:
+        raise ConfigError(f"no router {study.router!r}: choose among {', '.join(ROUTERS)}")
+    if study.replicas > 1 and (study.until is not None or study.pictures is not None):
+        raise ConfigError("--until and --pictures are of one replica")
     if study.until is not None and not study.until > 0:
         raise ConfigError(f"--until is {study.until}, it must be above 0 seconds")
 

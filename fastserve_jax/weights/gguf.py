@@ -61,6 +61,12 @@ class TensorEntry:
     offset_bytes: int
     size_bytes: int
 
+    def rows(self, start: int, stop: int) -> TensorEntry:
+        """Of them alone."""
+        row_bytes = self.size_bytes // self.shape[0]
+        shape, offset = (stop - start, *self.shape[1:]), self.offset_bytes + start * row_bytes
+        return TensorEntry(self.type, shape, offset, (stop - start) * row_bytes)
+
 
 class GgufFile:
     """One open file; tensors are read from a memory map when asked for.
@@ -82,22 +88,35 @@ class GgufFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape
 
-    def read(self, name: str) -> NDArray[Any]:
-        """The tensor: float16 and bfloat16 as stored, everything else as float32."""
-        entry = self.tensors[name]
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> NDArray[Any]:
+        """The tensor, or some of its rows: float16 and bfloat16 as stored, everything else as
+        float32."""
+        entry = self.tensors[name] if rows is None else self.tensors[name].rows(*rows)
         native = _NATIVE.get(entry.type)
         if native is not None:
             count = math.prod(entry.shape)
             array: NDArray[Any] = np.frombuffer(self._data, native, count, entry.offset_bytes)
             if entry.type is GGMLQuantizationType.F64:
                 array = array.astype(np.float32)
-            return array.reshape(entry.shape)
-        try:
-            return self._dequantised(entry)
-        except NotImplementedError as error:
-            raise ModelFileError(
-                f"{self.path}: {name} is stored as {entry.type.name}, which cannot be read"
-            ) from error
+            array = array.reshape(entry.shape)
+            array = array if rows is None else np.array(array)
+        else:
+            try:
+                array = self._dequantised(entry)
+            except NotImplementedError as error:
+                raise ModelFileError(
+                    f"{self.path}: {name} is stored as {entry.type.name}, which cannot be read"
+                ) from error
+        if rows is not None:
+            self._give_back(entry)
+        return array
+
+    def _give_back(self, entry: TensorEntry) -> None:
+        """The file's pages that it lies in: while they are mapped, they count as ours."""
+        first = -(-entry.offset_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = entry.offset_bytes + entry.size_bytes - first
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._data.madvise(mmap.MADV_DONTNEED, first, length)
 
     def _dequantised(self, entry: TensorEntry) -> NDArray[np.float32]:
         """Piece by piece: the pieces' many temporaries then stay small and in cache."""

@@ -12,7 +12,14 @@ import numpy as np
 from fastserve_jax.errors import ModelFileError
 from fastserve_jax.models.config import ModelConfig, RopeScaling
 from fastserve_jax.weights.gguf import GgufFile
-from fastserve_jax.weights.names import GGUF, GGUF_GPT2, GGUF_LLAMA, Names
+from fastserve_jax.weights.names import (
+    GGUF,
+    GGUF_GPT2,
+    GGUF_LLAMA,
+    GGUF_MIXTRAL,
+    GGUF_QWEN3_MOE,
+    Names,
+)
 
 # What Gemma 3 leaves out of its metadata.
 _GEMMA3_LOCAL_BASE = 10_000.0
@@ -65,7 +72,10 @@ def read_config(file: GgufFile) -> tuple[ModelConfig, Names]:
             + ", ".join(sorted(_FAMILIES))
         )
     build, names = _FAMILIES[arch]
-    return build(_Fields(file, arch)), names
+    config = build(_Fields(file, arch))
+    if config.family == "mixtral":  # which a file calls a llama
+        names = GGUF_MIXTRAL
+    return config, names
 
 
 def _embedding(fields: _Fields) -> tuple[int, int]:
@@ -147,6 +157,27 @@ def _llama3_scaling(fields: _Fields, head_dim: int) -> RopeScaling | None:
     return scaling
 
 
+def _llama(fields: _Fields) -> ModelConfig:
+    plain = _rotary(fields)
+    return _with_experts(fields, plain, "mixtral") if fields.integer("expert_count", 0) else plain
+
+
+def _with_experts(fields: _Fields, plain: ModelConfig, family: str) -> ModelConfig:
+    """Not the shared ones that some have beside them: their tensors would be left over."""
+    inner = fields.integer("expert_feed_forward_length", plain.intermediate_size)
+    return replace(
+        plain,
+        family=family,
+        intermediate_size=inner,
+        num_experts=fields.integer("expert_count"),
+        experts_per_token=fields.integer("expert_used_count"),
+    )
+
+
+def _qwen3_moe(fields: _Fields) -> ModelConfig:
+    return replace(_with_experts(fields, _rotary(fields), "qwen3_moe"), qk_norm=True)
+
+
 def _gemma3(fields: _Fields) -> ModelConfig:
     plain = _rotary(fields)
     window = fields.integer("attention.sliding_window", 0)
@@ -200,9 +231,10 @@ def _gpt2(fields: _Fields) -> ModelConfig:
 
 
 _FAMILIES: dict[str, tuple[Callable[[_Fields], ModelConfig], Names]] = {
-    "llama": (_rotary, GGUF_LLAMA),
+    "llama": (_llama, GGUF_LLAMA),
     "qwen2": (_rotary, GGUF),
     "qwen3": (_qwen3, GGUF),
+    "qwen3moe": (_qwen3_moe, GGUF_QWEN3_MOE),
     "gemma3": (_gemma3, GGUF),
     "gpt2": (_gpt2, GGUF_GPT2),
 }

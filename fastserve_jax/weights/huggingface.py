@@ -76,11 +76,20 @@ class Folder:
         except (OSError, SafetensorError) as error:
             raise ModelFileError(f"{self.path / file}: cannot read: {error}") from error
 
-    def read(self, name: str) -> NDArray[Any]:
-        """The tensor: float16 and bfloat16 as stored, everything else as float32."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        file, stored = self.tensors[name]
+        return tuple(self._shards[file].get_slice(stored).get_shape())
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> NDArray[Any]:
+        """The tensor, or some of its rows: float16 and bfloat16 as stored, everything else as
+        float32."""
         file, stored = self.tensors[name]
         dtype = self._shards[file].get_slice(stored).get_dtype()
         if dtype not in _DTYPES:
             raise ModelFileError(f"{self.path / file}: {stored} is {dtype}, not a float type")
-        array: NDArray[Any] = self._shards[file].get_tensor(stored)
+        if rows is None:
+            array: NDArray[Any] = self._shards[file].get_tensor(stored)
+        else:  # by a mapping of its own, which goes with it: pages that were read count as ours
+            with self._opened(file) as shard:
+                array = shard.get_slice(stored)[rows[0] : rows[1]]
         return array.astype(np.float32) if dtype == "F64" else array

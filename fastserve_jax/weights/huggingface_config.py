@@ -11,7 +11,7 @@ from typing import Any
 from fastserve_jax.errors import ModelFileError
 from fastserve_jax.models.config import ModelConfig, RopeScaling
 from fastserve_jax.weights.huggingface import read_json
-from fastserve_jax.weights.names import HF, HF_GEMMA3, HF_GPT2, Names
+from fastserve_jax.weights.names import HF, HF_GEMMA3, HF_GPT2, HF_MIXTRAL, HF_QWEN3_MOE, Names
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -189,6 +189,30 @@ def _qwen3(settings: _Settings) -> ModelConfig:
     return replace(_qwen(settings, "qwen3"), qk_norm=True)
 
 
+def _mixtral(settings: _Settings) -> ModelConfig:
+    return replace(
+        _mistral(settings),
+        family="mixtral",
+        num_experts=settings.integer("num_local_experts"),
+        experts_per_token=settings.integer("num_experts_per_tok"),
+    )
+
+
+def _qwen3_moe(settings: _Settings) -> ModelConfig:
+    """Every layer has experts, as all that are published do."""
+    settings.refuse("mlp_only_layers")
+    if settings.integer("decoder_sparse_step", 1) != 1:
+        raise settings.bad("decoder_sparse_step", settings.values["decoder_sparse_step"])
+    return replace(
+        _qwen3(settings),
+        family="qwen3_moe",
+        intermediate_size=settings.integer("moe_intermediate_size"),
+        num_experts=settings.integer("num_experts"),
+        experts_per_token=settings.integer("num_experts_per_tok"),
+        norm_topk=bool(settings.values.get("norm_topk_prob", False)),
+    )
+
+
 def _gemma3(settings: _Settings) -> ModelConfig:
     settings.refuse("attention_bias", "attn_logit_softcapping", "final_logit_softcapping")
     settings.refuse("use_bidirectional_attention")
@@ -240,6 +264,8 @@ def _gpt2(settings: _Settings) -> ModelConfig:
 _FAMILIES: dict[str, tuple[Callable[[_Settings], ModelConfig], Names]] = {
     "LlamaForCausalLM": (_llama, HF),
     "MistralForCausalLM": (_mistral, HF),
+    "MixtralForCausalLM": (_mixtral, HF_MIXTRAL),
+    "Qwen3MoeForCausalLM": (_qwen3_moe, HF_QWEN3_MOE),
     "Qwen2ForCausalLM": (_qwen2, HF),
     "Qwen3ForCausalLM": (_qwen3, HF),
     "Gemma3ForCausalLM": (_gemma3, HF_GEMMA3),

@@ -6,9 +6,10 @@ Parameters come one at a time, so a model never lies in memory twice. Knows noth
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,19 +27,24 @@ from fastserve_jax.weights.hub import fetch_snapshot
 from fastserve_jax.weights.huggingface import Folder
 from fastserve_jax.weights.huggingface_config import read_config_file, read_sampling
 from fastserve_jax.weights.names import Names
+from fastserve_jax.weights.orbax import is_checkpoint, read_model
 from fastserve_jax.weights.pull import Progress, fetch, silent
 
 _AHEAD = 1  # parameters made ready while one is in use, by a thread
 
 
+type Rows = tuple[int, int]  # from, to
+
+
 class TensorSource(Protocol):
-    """Stored tensors by name; reading one may take a while."""
+    """Stored tensors by name; reading one, or some of its rows, may take a while."""
 
     path: Path
 
     @property
     def tensors(self) -> Mapping[str, object]: ...
-    def read(self, name: str) -> NDArray[Any]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str, rows: Rows | None = None) -> NDArray[Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +67,19 @@ class ModelFiles:
     _names: Names = field(repr=False)
     int8_perplexity: float | None = None
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all that is stored."""
+        files = self.path.rglob("*") if self.path.is_dir() else [self.path]
+        return sum(file.stat().st_size for file in files if file.is_file())
+
     def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, NDArray[Any]]]:
         """Yields every parameter of `shapes` by name: float32, or float16/bfloat16 as stored.
 
         Raises ModelFileError before the first one if any is missing or a stored tensor would be
         left over, and at the parameter itself if its shape is another.
         """
-        wanted = {name: self._stored(name) for name in shapes}
-        self._check_complete(wanted)
+        wanted = self.check_complete(shapes)
         with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
             ahead: deque[tuple[str, Future[NDArray[Any]]]] = deque()
             try:
@@ -89,11 +100,71 @@ class ModelFiles:
         stem, _, ending = name.rpartition(".")
         pattern = stem.replace(f".{number}.", ".{i}.", 1) if layer else stem
         assert pattern in self._names.parts, f"no rule for {name} in {self._names.parts.keys()}"
-        return tuple(
-            (f"{part.replace('{i}', number)}.{ending}", part) for part in self._names.parts[pattern]
-        )
+        stored = []
+        for part in self._names.parts[pattern]:
+            known = part.replace("{i}", number)
+            count = self.config.num_experts if "{e}" in part else 1
+            stored += [(f"{known.replace('{e}', str(e))}.{ending}", part) for e in range(count)]
+        return tuple(stored)
 
-    def _check_complete(self, wanted: Mapping[str, tuple[tuple[str, str], ...]]) -> None:
+    def blocks(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        most_bytes: int,
+        wants: Callable[[int, int], bool],
+    ) -> Iterator[tuple[int, NDArray[Any]]]:
+        """A parameter by blocks: (row of the whole that the block begins with, its rows). One that
+        `wants` does not want, by its first row and their number, may not be read. Raises
+        ModelFileError as `tensors` does."""
+        first = 0
+        for stored, stem in self._stored(name):
+            if stem in self._names.transforms:  # which knows wholes only
+                whole = self._assemble(((stored, stem),))
+                stored_shape, blocks = whole.shape, iter([(0, whole)])
+            elif stem in self._names.experts:
+                *several, out, size = self._source.shape(stored)
+                stored_shape = (several[0] if several else 1, size, out)
+                blocks = self._experts_of(stored, bool(several), stored_shape[0], first, wants)
+            else:
+                stored_shape = self._source.shape(stored)
+                blocks = self._blocks_of(stored, most_bytes, first, wants)
+            if stored_shape[1:] != shape[1:] or first + stored_shape[0] > shape[0]:
+                raise self._misfit(name, (first + stored_shape[0], *stored_shape[1:]), shape)
+            for row, block in blocks:
+                yield first + row, block
+            first += stored_shape[0]
+        if first != shape[0]:
+            raise self._misfit(name, (first, *shape[1:]), shape)
+
+    def _blocks_of(
+        self, stored: str, most_bytes: int, first: int, wants: Callable[[int, int], bool]
+    ) -> Iterator[tuple[int, NDArray[Any]]]:
+        rows, *others = self._source.shape(stored)
+        count = max(1, most_bytes // (4 * math.prod(others)))
+        for row in range(0, rows, count):
+            stop = min(row + count, rows)
+            if wants(first + row, stop - row):
+                yield row, self._source.read(stored, (row, stop))
+
+    def _experts_of(
+        self,
+        stored: str,
+        are_several: bool,
+        count: int,
+        first: int,
+        wants: Callable[[int, int], bool],
+    ) -> Iterator[tuple[int, NDArray[Any]]]:
+        """One after the other."""
+        for expert in range(count):
+            if wants(first + expert, 1):
+                rows = (expert, expert + 1) if are_several else None
+                yield expert, _expert(self._source.read(stored, rows))
+
+    def check_complete(self, names: Iterable[str]) -> dict[str, tuple[tuple[str, str], ...]]:
+        """What each is stored as. Raises ModelFileError if any of it is missing, or would be left
+        over."""
+        wanted = {name: self._stored(name) for name in names}
         used = {stored for parts in wanted.values() for stored, _ in parts}
         present = self._source.tensors.keys()
         missing = sorted(used - present)
@@ -106,6 +177,7 @@ class ModelFiles:
             raise ModelFileError(
                 f"{self.path}: {_counted(spare, 'tensor')} unknown to {self.config.family}"
             )
+        return wanted
 
     def _assemble(self, stored: tuple[tuple[str, str], ...]) -> NDArray[Any]:
         try:
@@ -113,7 +185,8 @@ class ModelFiles:
             for name, stem in stored:
                 part = self._source.read(name)
                 transform = self._names.transforms.get(stem)
-                parts.append(transform(part, self.config) if transform else part)
+                part = transform(part, self.config) if transform else part
+                parts.append(_expert(part) if stem in self._names.experts else part)
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
         except ValueError as error:  # a reshape or a concatenation that does not work out
             names = ", ".join(name for name, _ in stored)
@@ -127,11 +200,17 @@ class ModelFiles:
     ) -> tuple[str, NDArray[Any]]:
         array = future.result()
         if array.shape != tuple(shapes[name]):
-            stored = " + ".join(part for part, _ in self._stored(name))
-            raise ModelFileError(
-                f"{self.path}: {stored} makes {name} {array.shape}, expected {shapes[name]}"
-            )
+            raise self._misfit(name, array.shape, shapes[name])
         return name, array
+
+    def _misfit(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> ModelFileError:
+        stored = " + ".join(part for part, _ in self._stored(name))
+        return ModelFileError(f"{self.path}: {stored} makes {name} {found}, expected {wanted}")
+
+
+def _expert(matrix: NDArray[Any]) -> NDArray[Any]:
+    """[out, in], or several of them -> [experts, in, out]."""
+    return (matrix if matrix.ndim == 3 else matrix[None]).swapaxes(1, 2)
 
 
 def _counted(names: list[str], noun: str) -> str:
@@ -184,12 +263,17 @@ def open_config(
         name = reference.removeprefix("hf:")
         return name, read_config_file(fetch_snapshot(name, ("config.json",)) / "config.json")[0]
     if path.is_dir():
-        return path.resolve().name, read_config_file(path / "config.json")[0]
+        own = is_checkpoint(path)
+        return path.resolve().name, (read_model if own else _config_of)(path)[0]
     if path.suffix == ".json" and path.is_file():
         name = path.resolve().parent.name if path.name == "config.json" else path.stem
         return name, read_config_file(path)[0]
     files = open_model(reference, cache_dir, progress)
     return files.name, files.config
+
+
+def _config_of(folder: Path) -> tuple[ModelConfig, Names]:
+    return read_config_file(folder / "config.json")
 
 
 def open_gguf(path: Path, name: str) -> ModelFiles:
@@ -213,8 +297,13 @@ def open_gguf(path: Path, name: str) -> ModelFiles:
 
 
 def open_folder(path: Path, name: str) -> ModelFiles:
-    """Opens a Hugging Face folder. Raises ModelFileError."""
-    config, names = read_config_file(path / "config.json")
+    """Opens a folder of Hugging Face's, or one of our own. Raises ModelFileError."""
+    source: TensorSource
+    if is_checkpoint(path):
+        config, names, source = read_model(path)
+    else:
+        config, names = read_config_file(path / "config.json")
+        source = Folder(path, names)
     return ModelFiles(
         name=name,
         path=path,
@@ -223,6 +312,6 @@ def open_folder(path: Path, name: str) -> ModelFiles:
         notice="",
         tokenizer_source=path,
         sampling=read_sampling(path),
-        _source=Folder(path, names),
+        _source=source,
         _names=names,
     )

@@ -2,7 +2,7 @@
 
 A parameter is its stored tensors, each transformed where needed, stacked along the first axis.
 Linear weights are [out, in]. Tables speak of stems: `.weight` and `.bias` carry over, and {i} is
-the layer. Opens no files.
+the layer. An expert's matrix is stored [out, in] and ours [in, out]. Opens no files.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Names:
     parts: Mapping[str, tuple[str, ...]]
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     unused: tuple[str, ...] = ()  # endings of stored names that carry no parameter
+    # Stems of experts' matrices, [out, in] each: all behind each other, or with {e} one by one.
+    experts: tuple[str, ...] = ()
 
 
 def _halves(rows: NDArray[Any], heads: int) -> NDArray[Any]:
@@ -67,6 +69,12 @@ _GGUF_PARTS = {
     "final_norm": ("output_norm",),
     "head": ("output",),
 }
+_GGUF_EXPERTS = {
+    "layers.{i}.mlp.router": ("blk.{i}.ffn_gate_inp",),
+    "layers.{i}.mlp.gate": ("blk.{i}.ffn_gate_exps",),
+    "layers.{i}.mlp.up": ("blk.{i}.ffn_up_exps",),
+    "layers.{i}.mlp.down": ("blk.{i}.ffn_down_exps",),
+}
 _GGUF_UNUSED = ("rope_freqs.weight", ".attn_rot_embd.weight")
 
 GGUF = Names(_GGUF_PARTS, unused=_GGUF_UNUSED)
@@ -76,6 +84,12 @@ GGUF_LLAMA = Names(
     _GGUF_UNUSED,
 )
 GGUF_GPT2 = Names(_GGUF_PARTS | {"layers.{i}.attn.qkv": ("blk.{i}.attn_qkv",)})
+
+_EXPERT_MATRICES = tuple(stem for name, (stem,) in _GGUF_EXPERTS.items() if "router" not in name)
+GGUF_QWEN3_MOE = Names(_GGUF_PARTS | _GGUF_EXPERTS, unused=_GGUF_UNUSED, experts=_EXPERT_MATRICES)
+GGUF_MIXTRAL = Names(
+    _GGUF_PARTS | _GGUF_EXPERTS, GGUF_LLAMA.transforms, _GGUF_UNUSED, _EXPERT_MATRICES
+)
 
 _LAYER = "model.layers.{i}."
 _HF_PARTS = {
@@ -104,7 +118,23 @@ _GEMMA3_PARTS = _HF_PARTS | _GEMMA3_NORMS
 _BLOCK = "transformer.h.{i}."
 _HF_UNUSED = (".rotary_emb.inv_freq",)
 
+
+def _with_experts(block: str, gate: str, up: str, down: str) -> Names:
+    """Of a folder that calls a layer's block and an expert's matrices so."""
+    stems = {
+        "router": f"{_LAYER}{block}.gate",
+        "gate": f"{_LAYER}{block}.experts.{{e}}.{gate}",
+        "up": f"{_LAYER}{block}.experts.{{e}}.{up}",
+        "down": f"{_LAYER}{block}.experts.{{e}}.{down}",
+    }
+    parts = {f"layers.{{i}}.mlp.{name}": (stem,) for name, stem in stems.items()}
+    experts = tuple(stem for name, stem in stems.items() if name != "router")
+    return Names(_HF_PARTS | parts, unused=_HF_UNUSED, experts=experts)
+
+
 HF = Names(_HF_PARTS, unused=_HF_UNUSED)
+HF_MIXTRAL = _with_experts("block_sparse_moe", "w1", "w3", "w2")
+HF_QWEN3_MOE = _with_experts("mlp", "gate_proj", "up_proj", "down_proj")
 HF_GEMMA3 = Names(
     _GEMMA3_PARTS,
     {stored: _plus_one for ours, (stored, *_) in _GEMMA3_PARTS.items() if ours.endswith("norm")},
@@ -130,3 +160,6 @@ HF_GPT2 = Names(
     },
     (".attn.bias", ".attn.masked_bias"),  # the causal mask, kept as a buffer
 )
+
+# As the decoder has them, and experts' matrices [in, out].
+CANONICAL = Names({name: (name,) for name in {**_GGUF_PARTS, **_GGUF_EXPERTS}})

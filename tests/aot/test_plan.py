@@ -35,6 +35,16 @@ SIZES = {
         "num_attention_heads": 64,
         "num_hidden_layers": 80,
     },
+    "mixtral-8x7b": {
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": 32000,
+    },
 }
 
 
@@ -58,8 +68,10 @@ def planned(folder, model, chip, *arguments):
     return steps
 
 
-WANTED = [("llama-3-8b", "v5e:2x2"), ("llama-3-70b", "v5e:4x4"), ("llama-3-70b", "v6e:16x16")]
-ON_GPUS = [("llama-3-8b", "h100"), ("llama-3-70b", "h100x8")]
+LARGE = ("llama-3-70b", "mixtral-8x7b")
+PODS = ("v5e:4x4", "v5e:8x8", "v6e:16x16", "v5e:4x4*2")
+WANTED = [("llama-3-8b", "v5e:2x2"), *((model, pod) for model in LARGE for pod in PODS)]
+ON_GPUS = [("llama-3-8b", "h100"), *((model, "h100x8") for model in LARGE)]
 
 
 @pytest.mark.parametrize("where", of("tpu", WANTED) + of("gpu", ON_GPUS), ids="-".join)
@@ -72,9 +84,12 @@ def test_the_step_fits_and_is_what_it_was_meant_to_be(tmp_path, where):
         assert step["alias_bytes"] == step["kv_cache_bytes"], "pages are copied"
         assert step["host_temp_bytes"] == 0
         assert step["kernels"] >= layers
-        if step["mesh"]["model"] > 1:
+        if step["mesh"]["model"] * step["mesh"]["expert"] > 1:
             # After attention and after the MLP; and of the embedding, which is divided.
-            assert step["collectives"]["all-reduce"] == 2 * layers + 1
+            assert step["collectives"] == {"all-reduce": 2 * layers + 1}
+            # Logits twice, for the best and for a draw; and four arrays of what was drawn.
+            told = 4 if step["mesh"]["data"] > 1 else 0
+            assert sum(step["drawing_collectives"].values()) <= 2 + told
         else:
             assert step["collectives"] == {}
         if name == "decode":

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastserve_jax.core.cost import CostModel
 from fastserve_jax.core.policy import ORACLES, Policy, make_policy
+from fastserve_jax.core.replicas import Replicas
 from fastserve_jax.core.scheduler import Limits, Scheduler
 from fastserve_jax.core.sequence import Sequence
 from fastserve_jax.core.types import (
@@ -45,13 +46,20 @@ class Driver:
         cost: CostModel | None = None,
         step_s: float = 0.01,
         vocab: int = VOCAB,
+        replicas: int = 1,
     ) -> None:
         cost = cost or CostModel(page_out_s=1e-6, page_in_s=1e-6, overlaps=True)
-        if isinstance(policy, str):
-            lengths = self._length if policy in ORACLES else None
-            policy = make_policy(policy, limits, cost, lengths)
-        self.scheduler = Scheduler(limits, policy, cost)
-        self.device = FakeDevice(limits, vocab=vocab, nan=nan)
+        lengths = self._length if policy in ORACLES else None
+
+        def scheduler() -> Scheduler:
+            own = cost if replicas == 1 else cost.copy()
+            made = make_policy(policy, limits, own, lengths) if isinstance(policy, str) else policy
+            return Scheduler(limits, made, own)
+
+        schedulers = [scheduler() for _ in range(replicas)]
+        self.scheduler = schedulers[0] if replicas == 1 else Replicas(schedulers)
+        self.devices = [FakeDevice(limits, vocab=vocab, nan=nan) for _ in range(replicas)]
+        self.device = self.devices[0]
         self.vocab = vocab
         self.overlap, self.step_s = overlap, step_s
         self.now = 0.0
@@ -110,9 +118,25 @@ class Driver:
         plan = self.scheduler.plan(self.now)
         if plan is not None:
             self.plans.append(plan)
-            self.in_flight.append((plan, self.device.run(plan)))
+            self.in_flight.append((plan, self._run(plan)))
         self._check()
         return plan
+
+    def _run(self, plan: Plan) -> StepResult:
+        if not plan.replicas:
+            return self.device.run(plan)
+        every = []
+        for device, own in zip(self.devices, plan.replicas, strict=True):
+            if own.step < 0:  # nothing to do
+                assert own == Plan(own.step, (), ())
+            else:
+                every.append(device.run(own))
+        joined: dict[str, Any] = {name: {} for name in ("sampled", "scored", "behind")}
+        for result in every:
+            for name, values in joined.items():
+                assert not values.keys() & getattr(result, name).keys(), "done by two replicas"
+                values |= getattr(result, name)
+        return StepResult(**joined)
 
     def commit(self) -> None:
         plan, result = self.in_flight.popleft()

@@ -96,11 +96,13 @@ def live(
     nan: Collection[tuple[int, int]] = (),
     cost: str = "cheap",
     vocab: int = VOCAB,
+    replicas: int = 1,
 ) -> Driver:
     """Live it to its end; AssertionError where anything is lost, wrong, or never comes."""
     costs = COSTS[cost].copy()
     named = policy(name, limits)
-    driver = Driver(limits, named, overlap=overlap, nan=nan, cost=costs, vocab=vocab)
+    how = {"overlap": overlap, "nan": nan, "cost": costs, "vocab": vocab}
+    driver = Driver(limits, named, replicas=replicas, **how)
     for move in script:
         match move:
             case Ask():

@@ -229,3 +229,21 @@ async def test_drain_waits_for_the_last_request():
         await asyncio.wait_for(house.engine.drain(), 5)
         assert (await client)[1] is Finish.LENGTH
         await house.assert_empty()
+
+
+async def test_who_is_abandoned_hears_of_it_though_the_step_never_ends():
+    async with House(delay_s=0.3) as house:
+        ended = asyncio.create_task(house.engine.ended())
+        async with house.engine.stream(house.request(max_tokens=40)) as events:
+            waiting = asyncio.create_task(anext(events))
+            await asyncio.sleep(0.01)
+            assert not waiting.done()
+            house.engine.abandon("a host is gone")
+            with pytest.raises(EngineFailed, match="a host is gone"):
+                await asyncio.wait_for(waiting, 0.1)
+        with pytest.raises(EngineFailed, match="a host is gone"):
+            async with house.engine.stream(house.request()):
+                pass
+        assert house.engine.failure is not None
+        assert not house.engine.running
+        await ended

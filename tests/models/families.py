@@ -45,4 +45,13 @@ FAMILIES = {
         linear_bias=True,
         learned_positions=True,
     ),
+    "mixtral": ModelConfig("mixtral", **_SMALL, num_experts=4, experts_per_token=2),
+    "qwen3_moe": ModelConfig(
+        "qwen3_moe",
+        **{**_SMALL, "intermediate_size": 24},
+        qk_norm=True,
+        num_experts=8,
+        experts_per_token=3,
+        norm_topk=False,
+    ),
 }

@@ -102,7 +102,23 @@ def mlp(config, w, p, x):
             return x / (1 + np.exp(-x))
         return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
+    if config.num_experts:
+        return np.stack([experts(config, w, p, row, activate) for row in x])
     if not config.gated_mlp:
         return linear(w, p + "down", activate(linear(w, p + "up", x)))
     gate, up = np.split(linear(w, p + "gate_up", x), 2, -1)
     return linear(w, p + "down", activate(gate) * up)
+
+
+def experts(config, w, p, x, activate):
+    """Of one row, one expert after the other."""
+    scores = w[p + "router.weight"] @ x
+    shares = np.exp(scores - scores.max())
+    shares /= shares.sum()
+    chosen = np.argsort(-shares, kind="stable")[: config.experts_per_token]
+    total = shares[chosen].sum() if config.norm_topk else 1.0
+    out = np.zeros_like(x)
+    for e in chosen:
+        inner = activate(x @ w[p + "gate.weight"][e]) * (x @ w[p + "up.weight"][e])
+        out += shares[e] / total * (inner @ w[p + "down.weight"][e])
+    return out

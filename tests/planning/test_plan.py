@@ -9,14 +9,14 @@ import pytest
 from rich.console import Console
 
 from fastserve_jax.chips import Chips, Rates, rates_of
-from fastserve_jax.config import load_settings
+from fastserve_jax.config import load_settings, parse_mesh
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.parts import Parts
 from fastserve_jax.planning import plan, report
-from fastserve_jax.planning.command import parse_mesh
 from fastserve_jax.planning.floor import Sizes
-from fastserve_jax.planning.site import choose_axes, make_site
+from fastserve_jax.planning.site import make_site
+from fastserve_jax.runtime.mesh import choose_axes
 from pallas_kernels import Target, compiling_for
 from tests.models.families import FAMILIES
 
@@ -94,15 +94,39 @@ def test_what_does_not_fit_is_not_compiled_and_says_by_how_much():
 
 
 def test_a_model_is_divided_as_far_as_its_kv_heads_go():
-    assert choose_axes(LLAMA3_70B, 16, {}) == {"data": 1, "model": 16}
-    assert choose_axes(LLAMA3_70B, 256, {}) == {"data": 16, "model": 16}
-    assert choose_axes(LLAMA3_70B, 16, {"data": 4}) == {"data": 4, "model": 4}
-    assert choose_axes(LLAMA3_70B, 64, {"model": 64}) == {"data": 1, "model": 64}
-    assert choose_axes(FAMILIES["llama"], 4, {}) == {"data": 2, "model": 2}
+    def chosen(config, devices, asked=None, slices=1):
+        return tuple(choose_axes(config, devices, asked or {}, slices).values())
+
+    assert choose_axes(LLAMA3_70B, 16, {}) == {"data": 1, "expert": 1, "model": 16}
+    assert chosen(LLAMA3_70B, 256) == (16, 1, 16)
+    assert chosen(LLAMA3_70B, 16, {"data": 4}) == (4, 1, 4)
+    assert chosen(LLAMA3_70B, 64, {"model": 64}) == (1, 1, 64)
+    assert chosen(FAMILIES["llama"], 4) == (2, 1, 2)
+    assert chosen(LLAMA3_70B, 32, slices=4) == (4, 1, 8), "no part of a replica on another slice"
     with pytest.raises(ConfigError, match="does not make 16 devices"):
-        choose_axes(LLAMA3_70B, 16, {"model": 8, "data": 4})
-    with pytest.raises(ConfigError, match="no axis expert: data and model"):
-        choose_axes(LLAMA3_70B, 16, {"expert": 2})
+        chosen(LLAMA3_70B, 16, {"model": 8, "data": 4})
+    with pytest.raises(ConfigError, match="1 replicas do not divide among 2 slices"):
+        chosen(LLAMA3_70B, 16, {"data": 1, "model": 16}, slices=2)
+    with pytest.raises(ConfigError, match=r"6 heads .* among 4 devices; among 1 or 2 they do"):
+        chosen(FAMILIES["llama"], 4, {"model": 4})
+    with pytest.raises(ConfigError, match="0 experts do not divide among 2 devices"):
+        chosen(LLAMA3_70B, 16, {"expert": 2})
+    with pytest.raises(ConfigError, match="no axis rows: there are data, expert, model"):
+        parse_mesh("rows=2")
+
+
+def test_experts_are_divided_whole_as_far_as_they_go():
+    def chosen(devices, **asked):
+        return tuple(choose_axes(MIXTRAL, devices, asked).values())
+
+    assert chosen(8) == (1, 8, 1)
+    assert chosen(16) == (1, 8, 2)
+    assert chosen(64) == (4, 8, 2)
+    assert chosen(16, model=16) == (1, 1, 16)
+    assert chosen(16, expert=4) == (1, 4, 4)
+    assert chosen(16, expert=4, model=2) == (2, 4, 2)
+    with pytest.raises(ConfigError, match="8 experts do not divide among 3 devices"):
+        chosen(24, expert=3, model=8)
 
 
 def test_a_chip_that_is_here_has_its_makers_rates():
@@ -122,6 +146,13 @@ def test_how_a_mesh_is_written():
             parse_mesh(wrong)
 
 
+MIXTRAL = replace(
+    LLAMA3_70B,
+    **{"num_layers": 32, "hidden_size": 4096, "num_heads": 32, "intermediate_size": 14336},
+    **{"num_experts": 8, "experts_per_token": 2},
+)
+
+
 def sizes(config=LLAMA3_70B, count=8):
     own = Parts(count).of(config)
     layer = config.hidden_size * (
@@ -133,6 +164,8 @@ def sizes(config=LLAMA3_70B, count=8):
         Parts(count),
         weight_bytes=2 * (layer * config.num_layers + 2 * head),
         matrix_elements=layer * config.num_layers,
+        expert_bytes=0,
+        expert_elements=0,
         head_elements=head,
         embed_bytes=2 * head,
         token_bytes=2 * 2 * own.num_kv_heads * config.head_dim,
@@ -158,6 +191,22 @@ def test_the_floor_of_a_step_by_hand():
     assert work.floor_s(by_products, True) == pytest.approx(work.operations / 2e9)
     by_links = Rates(1, 1e30, 1e30, 1e30, 1e9)
     assert work.floor_s(by_links, False) == pytest.approx(work.link_bytes / 1e9)
+
+
+def test_experts_are_multiplied_by_those_who_chose_them_and_read_if_anybody_did():
+    elements = 8 * 3 * 4096 * 14336 * 32
+    dense = sizes(MIXTRAL, 1)
+    with_experts = replace(
+        dense,
+        weight_bytes=dense.weight_bytes + 2 * elements,
+        expert_bytes=2 * elements,
+        expert_elements=elements,
+    )
+    for rows in (1, 4, 64):
+        plain, work = (s.work(rows, rows, 100) for s in (dense, with_experts))
+        assert work.operations - plain.operations == 2 * rows * elements // 4
+        share = (work.bytes_read - plain.bytes_read) / (2 * elements)
+        assert share == pytest.approx(1 - 0.75**rows)
 
 
 def test_a_window_is_all_that_its_layers_read():

@@ -1,6 +1,5 @@
 """A DeviceRunner over random parameters, compiled small."""
 
-import jax
 import jax.numpy as jnp
 
 from fastserve_jax.models.decoder import abstract, fill, parameters
@@ -46,5 +45,5 @@ def build_runner(
     graph, params, arrays = random_model(config, dtype, seed, edit)
     compiled = compile_all(programs(Steps(graph, config, shape), params, dtype), lower=lower)
     kv_pages = empty_pages(config, shape, dtype)
-    host_pages = empty_host_pages(shape.host_layout(config), dtype, jax.devices()[0])
+    host_pages = empty_host_pages(shape.host_layout(config), dtype, None)
     return DeviceRunner(config, params, kv_pages, shape, compiled, host_pages, drafter), arrays

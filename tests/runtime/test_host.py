@@ -267,7 +267,7 @@ def test_copies_take_no_room_beside_the_pools_however_a_page_is_shaped(page_shap
         assert program.memory_analysis().temp_size_in_bytes < 17 * page_bytes + 32768
     bits = np.random.default_rng(1).integers(0, 2**15, layout.shape, np.uint16)
     pool = jax.device_put(
-        bits.view(jnp.bfloat16), empty_host_pages(layout, jnp.bfloat16, device).sharding
+        bits.view(jnp.bfloat16), empty_host_pages(layout, jnp.bfloat16, None).sharding
     )
     moves = Moves(np.arange(16, dtype=np.int32), 90 - np.arange(16, dtype=np.int32), np.int32(9))
     got, _ = made["swap_in[16]"]([pages.copy() for pages in kv_pages], pool, moves)

@@ -16,6 +16,8 @@ from gguf.quants import quantize
 from safetensors.numpy import save_file
 
 HIDDEN, HEADS, KV_HEADS, HEAD, FFN, VOCAB, CONTEXT, LAYERS = 64, 4, 2, 32, 96, 48, 128, 2
+EXPERTS, CHOSEN = 4, 2
+WITH_EXPERTS = ("mixtral", "qwen3_moe")
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
@@ -33,13 +35,19 @@ def parameters(family: str, *, tied: bool = True, seed: int = 0) -> Arrays:
         shapes[at + "attn_norm.weight"] = shapes[at + "mlp_norm.weight"] = (HIDDEN,)
         shapes[at + "attn.qkv.weight"] = (rows, HIDDEN)
         shapes[at + "attn.out.weight"] = (HIDDEN, HEADS * head)
-        shapes[at + "mlp.down.weight"] = (HIDDEN, FFN)
-        shapes[at + ("mlp.up.weight" if gpt2 else "mlp.gate_up.weight")] = (
-            (FFN, HIDDEN) if gpt2 else (2 * FFN, HIDDEN)
-        )
+        if family in WITH_EXPERTS:
+            shapes[at + "mlp.router.weight"] = (EXPERTS, HIDDEN)
+            shapes[at + "mlp.gate.weight"] = (EXPERTS, HIDDEN, FFN)
+            shapes[at + "mlp.up.weight"] = (EXPERTS, HIDDEN, FFN)
+            shapes[at + "mlp.down.weight"] = (EXPERTS, FFN, HIDDEN)
+        else:
+            shapes[at + "mlp.down.weight"] = (HIDDEN, FFN)
+            shapes[at + ("mlp.up.weight" if gpt2 else "mlp.gate_up.weight")] = (
+                (FFN, HIDDEN) if gpt2 else (2 * FFN, HIDDEN)
+            )
         if family in ("qwen2", "gpt2"):
             shapes[at + "attn.qkv.bias"] = (rows,)
-        if family in ("qwen3", "gemma3"):
+        if family in ("qwen3", "gemma3", "qwen3_moe"):
             shapes[at + "attn.q_norm.weight"] = shapes[at + "attn.k_norm.weight"] = (HEAD,)
         if family == "gemma3":
             shapes[at + "post_attn_norm.weight"] = (HIDDEN,)
@@ -98,11 +106,15 @@ def gguf_tensors(family: str, arrays: Arrays) -> Arrays:
             continue
         _, layer, kind = stem.split(".", 2)
         at = f"blk.{layer}."
-        if kind == "attn.qkv" and family == "gpt2":
+        if array.ndim == 3:
+            stored[f"{at}ffn_{kind.removeprefix('mlp.')}_exps.{ending}"] = array.swapaxes(1, 2)
+        elif kind == "mlp.router":
+            stored[f"{at}ffn_gate_inp.{ending}"] = array
+        elif kind == "attn.qkv" and family == "gpt2":
             stored[f"{at}attn_qkv.{ending}"] = array
         elif kind == "attn.qkv":
             q, k, v = split_rows(array)
-            if family == "llama":
+            if family in ("llama", "mixtral"):
                 q, k = interleaved(q, HEADS), interleaved(k, KV_HEADS)
             stored |= {
                 f"{at}attn_{n}.{ending}": part for n, part in zip("qkv", (q, k, v), strict=True)
@@ -125,7 +137,8 @@ def write_gguf(
 ) -> Path:
     """Writes a GGUF with `tensors`; two-dimensional ones as `quantised`. `fields` override the
     architecture's own, None taking one out."""
-    writer = gguf.GGUFWriter(path, family)
+    arch = {"mixtral": "llama", "qwen3_moe": "qwen3moe"}.get(family, family)
+    writer = gguf.GGUFWriter(path, arch)
     norm = "layer_norm_epsilon" if family == "gpt2" else "layer_norm_rms_epsilon"
     values: dict[str, Any] = {
         "context_length": CONTEXT,
@@ -143,8 +156,12 @@ def write_gguf(
         }
     if family == "gemma3":
         values["attention.sliding_window"] = 16
+    if family in WITH_EXPERTS:
+        values |= {"expert_count": EXPERTS, "expert_used_count": CHOSEN}
+    if family == "qwen3_moe":  # whose other size is of layers without experts, of which it has none
+        values |= {"expert_feed_forward_length": FFN, "feed_forward_length": 7 * FFN}
     for key, value in (values | (fields or {})).items():
-        name = f"{family}.{key}"
+        name = f"{arch}.{key}"
         if isinstance(value, str):
             writer.add_string(name, value)
         elif isinstance(value, float):
@@ -192,7 +209,9 @@ def folder_tensors(family: str, arrays: Arrays) -> Arrays:
             continue
         _, layer, kind = stem.split(".", 2)
         at = f"model.layers.{layer}."
-        if kind == "attn.qkv":
+        if kind == "mlp.router" or array.ndim == 3:
+            stored |= experts_in_folder(family, at, kind.removeprefix("mlp."), array)
+        elif kind == "attn.qkv":
             for part, rows in zip("qkv", split_rows(array), strict=True):
                 stored[f"{at}self_attn.{part}_proj.{ending}"] = rows
         elif kind == "mlp.gate_up":
@@ -201,6 +220,15 @@ def folder_tensors(family: str, arrays: Arrays) -> Arrays:
         else:
             stored[f"{at}{norms[kind]}.{ending}"] = array
     return stored
+
+
+def experts_in_folder(family: str, at: str, kind: str, array: np.ndarray[Any, Any]) -> Arrays:
+    block = at + ("block_sparse_moe" if family == "mixtral" else "mlp")
+    if kind == "router":
+        return {f"{block}.gate.weight": array}
+    mixtral = {"gate": "w1", "up": "w3", "down": "w2"}
+    name = mixtral[kind] if family == "mixtral" else f"{kind}_proj"
+    return {f"{block}.experts.{e}.{name}.weight": matrix.T for e, matrix in enumerate(array)}
 
 
 def gpt2_folder_tensors(arrays: Arrays) -> Arrays:
@@ -229,6 +257,8 @@ def gpt2_folder_tensors(arrays: Arrays) -> Arrays:
 _CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
@@ -265,6 +295,12 @@ def folder_config(family: str, **changes: Any) -> dict[str, Any]:
             "hidden_act": "silu",
             "rope_theta": 50_000.0,
         }
+    if family == "mixtral":
+        settings |= {"num_local_experts": EXPERTS, "num_experts_per_tok": CHOSEN}
+    if family == "qwen3_moe":
+        settings |= {"num_experts": EXPERTS, "num_experts_per_tok": CHOSEN}
+        settings |= {"moe_intermediate_size": FFN, "intermediate_size": 7 * FFN}
+        settings |= {"norm_topk_prob": True}
     if family == "gemma3":
         settings |= {"hidden_act": None, "hidden_activation": "gelu_pytorch_tanh"}
         settings |= {"sliding_window": 16, "query_pre_attn_scalar": HEAD}

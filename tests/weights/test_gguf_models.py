@@ -15,7 +15,7 @@ from fastserve_jax.models.config import ModelConfig, RopeScaling
 from fastserve_jax.weights.load import open_gguf
 from tests.weights import synthetic
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "gpt2")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "gpt2", "mixtral", "qwen3_moe")
 
 
 def _open(tmp_path: Path, family: str, **fields: Any) -> ModelConfig:

@@ -19,7 +19,7 @@ from fastserve_jax.weights.load import open_folder
 from tests.weights import synthetic
 from tests.weights.synthetic import Arrays, folder_config, write_folder
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2", *synthetic.WITH_EXPERTS)
 
 
 def _stored(family: str, arrays: Arrays) -> Arrays:
@@ -110,6 +110,28 @@ def test_llama_config(tmp_path: Path) -> None:
         rope_base=50_000.0,
         tied_head=False,
     )
+
+
+def test_configs_with_experts(tmp_path: Path) -> None:
+    mixtral = _config(tmp_path, "mixtral", sliding_window=None)
+    assert (mixtral.num_experts, mixtral.experts_per_token, mixtral.norm_topk) == (4, 2, True)
+    assert (mixtral.intermediate_size, mixtral.windows) == (96, ())
+    qwen = _config(tmp_path, "qwen3_moe", norm_topk_prob=False)
+    assert (qwen.num_experts, qwen.experts_per_token, qwen.norm_topk) == (4, 2, False)
+    assert (qwen.intermediate_size, qwen.qk_norm) == (96, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"mlp_only_layers": [0]}, "mlp_only_layers"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ({"num_experts": None}, "num_experts is missing"),
+    ],
+)
+def test_layers_without_experts_are_refused(tmp_path: Path, changes: Any, reason: str) -> None:
+    with pytest.raises(ModelFileError, match=reason):
+        _config(tmp_path, "qwen3_moe", **changes)
 
 
 def test_gpt2_config(tmp_path: Path) -> None:

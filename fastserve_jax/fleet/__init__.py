@@ -1,0 +1,1 @@
+"""Replicas on Ray behind one address: placed, watched, started again; and who is asked."""
