@@ -129,7 +129,8 @@ def _of_gpu(kind: str) -> Rates:
 
 def rates_of(device_kind: str) -> Rates:
     """Of one chip that is here, by jax's name for it. Raises ConfigError where none are known."""
-    kind = next((kind for kind, name in _NAMES.items() if name == device_kind), None)
+    words = device_kind.replace("-", " ").split()  # a driver may say no more than "NVIDIA H200"
+    kind = next((k for k, name in _NAMES.items() if name == device_kind or k.upper() in words), None)
     if kind is None:
         raise ConfigError(f"no rates of {device_kind} are known: {', '.join(_NAMES)}")
     return _TPUS[kind] if kind in _TPUS else _of_gpu(kind)

@@ -134,6 +134,7 @@ def test_a_chip_that_is_here_has_its_makers_rates():
     h100 = rates_of("NVIDIA H100 80GB HBM3")  # as one was seen to call itself, with 85.0 GB
     assert h100.bandwidth == 3.352e12
     assert 80e9 < h100.memory_bytes < 0.95 * 85.1e9
+    assert rates_of("NVIDIA H200").bandwidth == 4.8e12  # the same: no word of its memory
     with pytest.raises(ConfigError, match="no rates of cpu are known"):
         rates_of("cpu")
 
