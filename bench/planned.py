@@ -53,7 +53,7 @@ def measure(
     device = jax.devices()[0]
     here = Chips(device.device_kind, device.platform, [device], rates_of(device.device_kind))
     name, known = open_config(model, cache_folder())
-    site = make_site(name, known, settings, device.device_kind, here, {})
+    site = make_site(name, known, settings, device.device_kind, here)
     counts = [min(int(count), site.steps.shape.max_slots) for count in rows.split(",")]
     chunk = min(chunk, context, site.steps.shape.step_tokens)
     with runner_of(site, [*counts, chunk], counts) as runner:

@@ -92,7 +92,7 @@ def serve(pipe: Connection, model: str, sets: list[str]) -> None:
         assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0), stats
         return Told(
             explained(steps, loaded.cost),
-            scheduler.cost.error,
+            stats.cost_error,
             *(stats.preemptions, stats.pages_out, stats.pages_in, stats.recomputed_tokens),
             stats.stall_s / stats.busy_s,
         )

@@ -28,7 +28,7 @@ from fastserve_jax.core.scheduler import Limits, Scheduler
 from fastserve_jax.draft_model import DraftModel, measure_draft
 from fastserve_jax.engine import Engine, StepRecord
 from fastserve_jax.fitting import Fitted, find_draft, fit
-from fastserve_jax.group.leader import Leader
+from fastserve_jax.group.leader import START_S, Leader
 from fastserve_jax.group.membership import Membership
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import State
@@ -55,6 +55,7 @@ class Report(Protocol):
 
     def pull(self, stage: str, done_bytes: int, total_bytes: int) -> None: ...
     def opened(self, files: ModelFiles) -> None: ...
+    def meeting(self, num_hosts: int, coordinator: str) -> None: ...
     def weights(self, done: int, total: int) -> None: ...
     def memory(self, plan: MemoryPlan) -> None: ...
     def compiled(self, program: Compiled) -> None: ...
@@ -65,6 +66,7 @@ class Silent:
 
     def pull(self, stage: str, done_bytes: int, total_bytes: int) -> None: ...
     def opened(self, files: ModelFiles) -> None: ...
+    def meeting(self, num_hosts: int, coordinator: str) -> None: ...
     def weights(self, done: int, total: int) -> None: ...
     def memory(self, plan: MemoryPlan) -> None: ...
     def compiled(self, program: Compiled) -> None: ...
@@ -195,7 +197,8 @@ def place[T](
     report.opened(files)
     if group is not None:
         member = group.membership
-        join(member.coordinator, member.num_hosts, member.host_id)
+        report.meeting(member.num_hosts, member.coordinator)
+        join(member.coordinator, member.num_hosts, member.host_id, START_S)
     draft = find_draft(files, settings, cache_dir, report.pull)
     if draft is not None:
         report.opened(draft.files)
@@ -206,7 +209,7 @@ def place[T](
     keep_compiled(cache_dir / "compiled")
     began = time.perf_counter()
     # Shapes are all that compiling needs: the rest is made beside it.
-    with ThreadPoolExecutor(5, thread_name_prefix="load") as pool:
+    with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
         compiling = pool.submit(_compiled, fitted, cache_dir / "traced", report)
         making = pool.submit(_arrays, fitted, cache_dir / "converted", report)
         made = beside(files)
@@ -260,7 +263,7 @@ def _arrays(
     """Parameters, KV pages and host pages: the last two not beside what converting takes."""
     division, shape, dtype = fitted.division, fitted.shape, fitted.precision.dtype
     mesh, own = division.mesh if division else None, fitted.parts.of(fitted.files.config)
-    params = read(fitted.files, fitted.precision, division, folder, report.weights)
+    params = read(fitted.files, fitted.precision, fitted.empty, division, folder, report.weights)
     give_back_memory()
     host_pages = empty_host_pages(shape.host_layout(own), dtype, mesh)
     return params, empty_pages(own, shape, dtype, mesh), host_pages
@@ -272,6 +275,8 @@ def _drafter(
     cache_dir: Path,
     report: Report,
 ) -> Drafter:
-    params = read(draft.files, draft.precision, None, cache_dir / "converted", report.weights)
+    params = read(
+        draft.files, draft.precision, draft.empty, None, cache_dir / "converted", report.weights
+    )
     kv_pages = empty_draft_pages(draft.config, draft.shape, draft.precision.dtype)
     return Drafter(params, kv_pages, draft.shape, compiled)

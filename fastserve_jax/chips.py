@@ -108,9 +108,9 @@ def chips(name: str) -> Chips:
     """Raises ConfigError for what there is not, and where the compiler is not installed."""
     kind, _, shape = name.partition(":")
     if kind in _TPUS and shape:
-        devices, (shape, slices) = topology(name).devices, _slices(shape)
-        chips = math.prod(int(size) for size in shape.split("x")) * slices
-        return Chips(kind, "tpu", devices, _TPUS[kind].divided(len(devices) // chips), slices)
+        (shape, slices), devices = _slices(shape), topology(name).devices
+        count = math.prod(int(size) for size in shape.split("x")) * slices
+        return Chips(kind, "tpu", devices, _TPUS[kind].divided(len(devices) // count), slices)
     devices = topology(name).devices
     kind = next(kind for kind in _GPUS if name.startswith(kind))
     return Chips(kind, "gpu", devices, _of_gpu(kind))
@@ -118,8 +118,10 @@ def chips(name: str) -> Chips:
 
 def _slices(shape: str) -> tuple[str, int]:
     """ "4x4*2" -> ("4x4", 2)"""
-    one, _, count = shape.partition("*")
-    return one, int(count) if count.isdecimal() and int(count) else 1
+    one, star, count = shape.partition("*")
+    if star and not (count.isdecimal() and int(count)):
+        raise ConfigError(f"{shape}: write so many slices as {one or '4x4'}*2")
+    return one, int(count or 1)
 
 
 def _of_gpu(kind: str) -> Rates:
@@ -130,7 +132,9 @@ def _of_gpu(kind: str) -> Rates:
 def rates_of(device_kind: str) -> Rates:
     """Of one chip that is here, by jax's name for it. Raises ConfigError where none are known."""
     words = device_kind.replace("-", " ").split()  # a driver may say no more than "NVIDIA H200"
-    kind = next((k for k, name in _NAMES.items() if name == device_kind or k.upper() in words), None)
+    kind = next(
+        (k for k, name in _NAMES.items() if name == device_kind or k.upper() in words), None
+    )
     if kind is None:
         raise ConfigError(f"no rates of {device_kind} are known: {', '.join(_NAMES)}")
     return _TPUS[kind] if kind in _TPUS else _of_gpu(kind)

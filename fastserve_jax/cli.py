@@ -1,4 +1,5 @@
-"""The command line. Few flags, everything else in TOML; errors are one line and exit status 2."""
+"""The command line. Few flags, everything else in TOML; errors are one line and exit status 2, or 3
+where another host of the group is lost."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 from platformdirs import user_cache_path
 
-from fastserve_jax.errors import FastServeError, GroupLost
+from fastserve_jax.errors import FastServeError, GroupLost, OperatorError
 from fastserve_jax.group.membership import HostFlags, membership
 from fastserve_jax.simulation.options import Study
 from fastserve_jax.weights.catalogue import DEFAULT_MODEL
@@ -315,11 +316,11 @@ def plan(
         "model.dtype": dtype,
         "engine.max_context": context,
         "engine.max_slots": slots,
+        **_mesh(mesh),
     }
     run_plan(
         model,
         chip,
-        mesh,
         lambda file: _settings(config or file, set_ or [], **flags),
         cache_folder(),
         json,
@@ -359,7 +360,7 @@ def main(run: Callable[[], object] = app) -> None:
         sys.stderr.flush()
         if isinstance(error, GroupLost):  # jax would wait for the others, and end less clearly
             os._exit(error.exit_status)
-        sys.exit(2)
+        sys.exit(OperatorError.exit_status)
     except KeyboardInterrupt:
         print(f"\nstopped after {time.perf_counter() - _BEGAN:.0f} s", file=sys.stderr)
         sys.exit(130)

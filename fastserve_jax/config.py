@@ -109,6 +109,11 @@ def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Se
     return settings
 
 
+def asked_axes(mesh: MeshSettings) -> dict[str, int]:
+    """By name; 0 where nothing is asked for."""
+    return {axis: getattr(mesh, axis) for axis in MESH_AXES}
+
+
 def parse_mesh(text: str) -> dict[str, int]:
     """ "model=4,data=2". Raises ConfigError."""
     sizes = {}

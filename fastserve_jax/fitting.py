@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fastserve_jax.config import MESH_AXES, MOST_CONTEXT, EngineSettings, ModelSettings, Settings
+from fastserve_jax.config import (
+    MOST_CONTEXT,
+    EngineSettings,
+    ModelSettings,
+    Settings,
+    asked_axes,
+)
 from fastserve_jax.core.sequence import Limits
 from fastserve_jax.draft_model import DraftModel, open_draft, plan_draft
 from fastserve_jax.errors import ConfigError
@@ -107,6 +113,11 @@ def find_draft(
     """The draft model that settings name, opened and fitted beside `files`."""
     if not settings.model.draft:
         return None
+    if jax.device_count() > 1:
+        raise ConfigError(
+            f"a draft model works on one device, and there are {jax.device_count()}: leave it out, "
+            "or let one be seen (CUDA_VISIBLE_DEVICES=0, TPU_VISIBLE_CHIPS=0)"
+        )
     found = open_draft(settings.model.draft, cache_dir, files, pull)
     return plan_draft(
         found,
@@ -120,12 +131,9 @@ def find_draft(
 
 def _division(config: ModelConfig, settings: Settings) -> Division | None:
     devices = jax.devices()
-    asked = {axis: getattr(settings.mesh, axis) for axis in MESH_AXES}
-    axes = choose_axes(config, len(devices), asked, slices_of(devices))
+    axes = choose_axes(config, len(devices), asked_axes(settings.mesh), slices_of(devices))
     if len(devices) == 1:
         return None
-    if settings.model.draft:
-        raise ConfigError(f"model.draft is for one device, and there are {len(devices)}")
     return Division(make_mesh(devices, **axes))
 
 

@@ -41,14 +41,14 @@ class Division:
 def read(
     files: ModelFiles,
     precision: Precision,
+    empty: State,
     division: Division | None,
     folder: Path,
     report: Report,
 ) -> State:
-    """The model's parameters on its devices. `folder` keeps what converting made of a model that
-    one device has whole. Raises what `ModelFiles.tensors` does."""
-    parts = Parts() if division is None else division.parts
-    _, empty = abstract(files.config, precision, parts)
+    """The model's parameters on its devices, each of which has such ones as `empty`. `folder` keeps
+    what converting made of a model that one device has whole. Raises what `ModelFiles.tensors`
+    does."""
     wanted = parameters(empty)
     arrays: dict[str, jax.Array] = {}
     each: Iterator[tuple[str, jax.Array]]

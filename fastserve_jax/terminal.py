@@ -60,6 +60,9 @@ class Bars:
         if files.notice:
             console.print(f"[yellow]{files.notice.strip()}[/]")
 
+    def meeting(self, num_hosts: int, coordinator: str) -> None:
+        console.print(f"waiting for all {num_hosts} hosts at {coordinator}")
+
     def weights(self, done: int, total: int) -> None:
         self._show("weights", "reading weights", done, total, f"{done} of {total} tensors")
         if done == total:

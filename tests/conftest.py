@@ -14,6 +14,11 @@ from fastserve_jax.weights.pull import pull
 _SHARED = Path(__file__).parents[1].parent / "shared"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What waits for processes goes first, that it may do so beside the rest."""
+    items.sort(key=lambda item: item.path.parent.name not in ("serve", "fleet"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Callable[[str], Path]:
     """A file of the reference material beside the checkout; skips where it is not."""

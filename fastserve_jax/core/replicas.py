@@ -8,11 +8,10 @@ Stdlib only, like all of core.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..errors import Overloaded
+from ..errors import InvalidRequest, Overloaded
 from .cost import StepLoad
 from .prefix import extend_chain
 from .scheduler import Scheduler
@@ -35,27 +34,38 @@ class Replicas:
         self._owed: dict[int, float] = {}  # by request id: tokens that it was given for
         self._load = [0.0] * len(schedulers)  # of each, all that it is owed
         self._answer_tokens = float(_FIRST_GUESS)
-        self._flight: deque[Plan] = deque()
         self._step = self._rejected = 0
+        self._busy_s = self._stall_s = 0.0
 
     @property
     def live(self) -> int:
         return sum(scheduler.live for scheduler in self._schedulers)
 
     def submit(self, request: Request, now: float) -> None:
-        """As Scheduler.submit; refused only where every replica would."""
-        chosen = self._choose(request)
+        """As Scheduler.submit; refused for want of room only where every replica would."""
         try:
-            self._schedulers[chosen].submit(request, now)
-        except Overloaded:
-            chosen = min(range(len(self._load)), key=lambda r: self._schedulers[r].live)
-            self._schedulers[chosen].submit(request, now)
+            chosen = self._first_with_room(request, now)
+        except (InvalidRequest, Overloaded):
+            self._rejected += 1
+            raise
         self._home[request.id] = chosen
         most = float(request.sampling.max_tokens)
         self._owed[request.id] = len(request.prompt) + min(most, self._answer_tokens)
         self._load[chosen] += self._owed[request.id]
 
-    def _choose(self, request: Request) -> int:
+    def _first_with_room(self, request: Request, now: float) -> int:
+        *others, last = self._in_order(request)
+        for replica in others:
+            try:
+                self._schedulers[replica].submit(request, now)
+            except Overloaded:
+                continue
+            return replica
+        self._schedulers[last].submit(request, now)
+        return last
+
+    def _in_order(self, request: Request) -> list[int]:
+        """Who has the least to compute before it first."""
         size = self._schedulers[0].limits.page_size
         chain: list[bytes] = []
         extend_chain(chain, request.prompt, size, request.cache_salt)
@@ -64,7 +74,7 @@ class Replicas:
             cached_tokens = self._schedulers[replica].cached_pages(chain) * size
             return self._load[replica] - cached_tokens
 
-        return min(range(len(self._load)), key=ahead)
+        return sorted(range(len(self._load)), key=ahead)
 
     def cancel(self, request_id: int) -> list[Event]:
         home = self._home.get(request_id)
@@ -95,17 +105,17 @@ class Replicas:
         made = tuple(plan or _NOTHING for plan in plans)
         joint = Plan(
             self._step,
-            tuple(admission for plan in made for admission in plan.admissions),
+            (),
             tuple(work for plan in made for work in plan.work),
             load=StepLoad(*map(max, zip(*(plan.load for plan in made), strict=True))),
             replicas=made,
         )
         self._step += 1
-        self._flight.append(joint)
         return joint
 
     def commit(self, plan: Plan, result: StepResult, elapsed_s: float, now: float) -> list[Event]:
-        assert plan is self._flight.popleft(), "plans are committed in order"
+        self._busy_s += elapsed_s
+        self._stall_s += self._schedulers[0].cost.stall_s(plan.load)
         events: list[Event] = []
         for scheduler, own in zip(self._schedulers, plan.replicas, strict=True):
             if own is not _NOTHING:
@@ -123,8 +133,13 @@ class Replicas:
     def stats(self) -> Stats:
         """Of all together."""
         every = [scheduler.stats() for scheduler in self._schedulers]
-        busy_s = max(stats.busy_s for stats in every)
-        return replace(together(every), steps=self._step, busy_s=busy_s)
+        return replace(
+            together(every),
+            rejected=self._rejected,
+            steps=self._step,
+            busy_s=self._busy_s,
+            stall_s=self._stall_s,
+        )
 
     def check(self) -> None:
         """Raise AssertionError when the books do not balance: for tests."""

@@ -110,7 +110,7 @@ class Replay:
         self.run.steps += 1
         self.flight.append((plan, self.free_at))
 
-    def commit(self, before: float) -> float:
+    def commit(self) -> float:
         """The oldest step ends; returns when."""
         plan, end_s = self.flight.popleft()
         sampled = {}
@@ -119,9 +119,8 @@ class Replay:
                 made = work.start + work.count - self.prompt_tokens[work.request_id] + 1
                 last = made >= self.lengths[work.request_id]
                 sampled[work.request_id] = _STOP if last else self.tokens[work.request_id]
-        began = max(before, end_s - self.device.step_s(plan.load))
-        started = self.timer()
-        self.told = events = self.scheduler.commit(plan, StepResult(sampled), end_s - began, end_s)
+        step_s, started = self.device.step_s(plan.load), self.timer()
+        self.told = events = self.scheduler.commit(plan, StepResult(sampled), step_s, end_s)
         self.run.plan_commit_s += self.timer() - started
         for event in events:
             life = self.lives[event.request_id]
@@ -181,7 +180,7 @@ def simulate(
                 run.offered_s, run.offered_tokens = now, scheduler.stats().output_tokens
         plan = replay.plan(now)
         if replay.flight and (plan is None or len(replay.flight) == most_in_flight):
-            now = replay.commit(now)
+            now = replay.commit()
             if progress is not None and not run.steps % 256:
                 progress(replay.finished)
         elif plan is None:

@@ -90,20 +90,21 @@ def simulate_replicas(
         turns += 1
         if following is not None and (not events or following[0] <= events[0][0]):
             now, request = following
-            names = beginnings(request.id)
-            name = _send(router, routing, request, expected_tokens, names, block_tokens, timer)
+            names, tokens = beginnings(request.id), len(request.prompt) + expected_tokens
+            name = _send(router, routing, tokens, names, block_tokens, timer)
             replica = replicas[name]
-            replica.weights[request.id] = len(request.prompt) + expected_tokens
+            replica.weights[request.id] = tokens
             replica.replay.submit(now, request, now)
             if not replica.wakes:
                 wake(name, replica, now)
             following = next(coming, None)
             if following is None:
-                run.offered_s = now
+                made = (scheduler.stats().output_tokens for scheduler in schedulers)
+                run.offered_s, run.offered_tokens = now, sum(made)
         else:
             _, name = heapq.heappop(events)
             replica = replicas[name]
-            now = max(now, replica.replay.commit(now))
+            now = max(now, replica.replay.commit())
             for event in replica.replay.told:
                 if type(event) is DoneEvent:
                     router.ended(name, replica.weights.pop(event.request_id))
@@ -118,13 +119,11 @@ def simulate_replicas(
 def _send(
     router: Router,
     routing: Routing,
-    request: Request,
-    expected_tokens: float,
+    tokens: float,
     names: Sequence[Hashable],
     block_tokens: int,
     timer: Callable[[], float],
 ) -> str:
-    tokens = len(request.prompt) + expected_tokens
     began = timer()
     name = router.route(names, tokens, block_tokens)
     routing.route_s += timer() - began

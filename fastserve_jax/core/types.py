@@ -123,8 +123,8 @@ class Plan:
     swap_in: Copies = ()  # host page, device page
     load: StepLoad = _NO_LOAD  # what it weighs, for the cost model
     guesses: int = 0  # in all its work
-    # Where there are several replicas, what each does; the rest is then that of all together, and
-    # `load` such that none has more of anything.
+    # Where there are several replicas, what each does. `work` is then that of all together, `load`
+    # such that none has more of anything, and the rest is theirs alone.
     replicas: tuple[Plan, ...] = ()
 
 

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 import msgspec
@@ -68,16 +68,19 @@ class Leader:
         one that is not alike, GroupLost for those that do not come."""
         with ExitStack() as unless_agreed:
             met = self._met(facts, unless_agreed)
+            every = [limits, *(hello.limits for _, hello in met.values())]
+            limits = replace(
+                limits,
+                num_pages=min(of.num_pages for of in every),
+                host_pages=min(of.host_pages for of in every),
+            )
+            for host, (connection, _) in met.items():
+                try:
+                    connection.sendall(encode(Welcome(limits)))
+                except OSError as error:
+                    raise GroupLost(f"host {host} went away again: {error}") from error
             unless_agreed.pop_all()
-        every = [limits, *(hello.limits for _, hello in met.values())]
-        limits = replace(
-            limits,
-            num_pages=min(of.num_pages for of in every),
-            host_pages=min(of.host_pages for of in every),
-        )
-        for host, (connection, _) in met.items():
-            connection.sendall(encode(Welcome(limits)))
-            self._links[host] = self._link(host, connection)
+        self._links = {host: self._link(host, connection) for host, (connection, _) in met.items()}
         for link in self._links.values():
             link.start()
         return limits
@@ -103,7 +106,8 @@ class Leader:
                 closing.enter_context(connection)
                 why = _differs(facts, hello)
                 if why:
-                    connection.sendall(encode(Refused(why)))
+                    with suppress(OSError):
+                        connection.sendall(encode(Refused(why)))
                     raise ConfigError(f"host {hello.host_id} at {address[0]}: {why}")
                 met[hello.host_id] = connection, hello
         return met
@@ -145,7 +149,7 @@ class Leader:
 
     def begins(self, plan: Plan) -> None:
         """Here; and so it does everywhere."""
-        step = encode(Step(plan))
+        step = encode(Step(replace(plan, work=()) if plan.replicas else plan))
         for link in self._links.values():
             link.write(step)
 

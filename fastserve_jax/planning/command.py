@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fastserve_jax.chips import ENVIRONMENT, chips
-from fastserve_jax.config import Settings, parse_mesh
+from fastserve_jax.config import Settings
 
 _SETTINGS = Path(__file__).parents[1] / "configs" / "serve"
 
@@ -17,14 +17,12 @@ _SETTINGS = Path(__file__).parents[1] / "configs" / "serve"
 def run_plan(
     reference: str,
     chip: str,
-    mesh: str,
     settings: Callable[[Path | None], Settings],
     cache_dir: Path,
     as_json: bool,
 ) -> None:
     """`settings` are read over those of the chip's family, given as a file."""
     os.environ.update(ENVIRONMENT)  # before jax is imported
-    asked = parse_mesh(mesh)
     found = chips(chip)
     from fastserve_jax.terminal import Bars
     from fastserve_jax.weights.load import open_config
@@ -37,7 +35,7 @@ def run_plan(
         name, config = open_config(reference, cache_dir, bars.pull)
     said = Console(stderr=True)
     with compiling_for(found.target), said.status("") as status:
-        there = site.make_site(name, config, chosen, chip, found, asked)
+        there = site.make_site(name, config, chosen, chip, found)
         planned = plan.plan(there, status.update)
     if as_json:
         print(report.as_json(planned))

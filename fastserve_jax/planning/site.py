@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fastserve_jax.chips import Chips
-from fastserve_jax.config import MOST_CONTEXT, Settings
+from fastserve_jax.config import MOST_CONTEXT, Settings, asked_axes
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import State, abstract, head_of, parameters
 from fastserve_jax.models.parts import Parts
 from fastserve_jax.models.precision import Precision
 from fastserve_jax.runtime.memory import FreeMemory, MemoryPlan, accelerator_memory, plan_memory
-from fastserve_jax.runtime.mesh import DATA, choose_axes, make_mesh, parts_of
+from fastserve_jax.runtime.mesh import choose_axes, make_mesh, parts_of, replicas_of
 from fastserve_jax.runtime.shapes import Program
 from fastserve_jax.runtime.step import Steps, StepShape, programs
 from pallas_kernels import KVLayout
@@ -42,7 +42,7 @@ class Site:
 
     @property
     def replicas(self) -> int:
-        return int(self.mesh.shape[DATA])
+        return replicas_of(self.mesh)
 
     @property
     def needed_bytes(self) -> int:
@@ -60,11 +60,10 @@ def make_site(
     settings: Settings,
     chip: str,
     found: Chips,
-    asked: dict[str, int],
 ) -> Site:
     """Raises ConfigError for a mesh that cannot be, DoesNotFit where more pages are asked for than
     there is room; where not even one request fits, its pages are planned all the same."""
-    axes = choose_axes(config, len(found.devices), asked, found.slices)
+    axes = choose_axes(config, len(found.devices), asked_axes(settings.mesh), found.slices)
     mesh = make_mesh(found.devices, **axes)
     parts, precision = parts_of(mesh), _precision(settings.model.dtype)
     graph, empty = abstract(config, precision, parts)

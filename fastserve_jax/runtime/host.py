@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from fastserve_jax.core.types import Copies
 from pallas_kernels import gather_pages, scatter_pages
 
-from .mesh import HOST, HOST_PAGES, PAGES, zeros
+from .mesh import HOST, HOST_PAGES, PAGES, placed
 from .shapes import Program, ints, like, stacked
 
 SIZES = (4, 16)  # pages of one call; a call itself costs as much as three pages
@@ -54,7 +54,8 @@ def empty_host_pages(layout: HostLayout, dtype: DTypeLike, mesh: Mesh | None) ->
     if not layout.num_pages:
         return None
     if mesh is not None:
-        return zeros(mesh, HOST_PAGES, layout.shape, dtype, "pinned_host")
+        # From numpy: a device might have no room to make them.
+        return placed(mesh, HOST_PAGES, lambda _: np.zeros(layout.shape, dtype), "pinned_host")
     there = _in_host_memory(jax.devices()[0])
     pages: jax.Array = jax.device_put(np.zeros(layout.shape, dtype), there)
     return pages

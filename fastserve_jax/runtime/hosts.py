@@ -6,7 +6,6 @@ import jax
 
 from fastserve_jax.errors import GroupLost
 
-_START_S = 1800  # for all hosts to be there
 _SILENCE_S = 60  # jax ends a process whose peer is gone; whoever else watches should be sooner
 _END_S = 10
 
@@ -16,8 +15,8 @@ def divide_cpu(count: int) -> None:
     jax.config.update("jax_num_cpu_devices", count)  # type: ignore[no-untyped-call]
 
 
-def join(coordinator: str, num_hosts: int, host_id: int) -> None:
-    """Waits for all; once in a process. Raises GroupLost."""
+def join(coordinator: str, num_hosts: int, host_id: int, most_s: float) -> None:
+    """Waits for all, so long at the most; once in a process. Raises GroupLost."""
     if jax.distributed.is_initialized():
         return
     # It would take SIGTERM from whoever wants to end in order.
@@ -27,7 +26,7 @@ def join(coordinator: str, num_hosts: int, host_id: int) -> None:
             coordinator,
             num_hosts,
             host_id,
-            initialization_timeout=_START_S,
+            initialization_timeout=int(most_s),
             heartbeat_timeout_seconds=_SILENCE_S,
             shutdown_timeout_seconds=_END_S,
         )

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import mesh_utils
@@ -64,7 +65,10 @@ def make_mesh(devices: Sequence[Any], data: int, model: int, expert: int = 1) ->
 
 
 def slices_of(devices: Sequence[Any]) -> int:
-    """Of a TPU, joined by the data centre's network."""
+    """Of a TPU, joined by the data centre's network. XLA numbers the hosts of GPUs so, too, which
+    a replica may well span."""
+    if devices[0].platform != "tpu":
+        return 1
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
@@ -81,6 +85,8 @@ def choose_axes(
     cannot be."""
     data, expert, model = (asked.get(axis, 0) for axis in (DATA, *_PARTS))
     most = devices // (data or slices)
+    if expert > 1 and not config.num_experts:
+        raise ConfigError("the model has no experts to be divided: leave expert out of the mesh")
     if not (expert and model):
         known = expert or model or 1
         counts = [n for n in range(known, most + 1, known) if _divides(config, most, n)]
@@ -93,12 +99,14 @@ def choose_axes(
     try:
         Parts(expert * model, expert).of(config)
     except ConfigError as error:
-        known_to = " or ".join(f"{n}" for n in range(1, most + 1) if _divides(config, n, n))
+        known_to = " or ".join(f"{n}" for n in range(1, most + 1) if _divides(config, most, n))
         raise ConfigError(f"{error}; among {known_to} they do") from error
     data = data or devices // (expert * model)
     if data < 1 or data * expert * model != devices:
         named = f"data={data}, expert={expert}, model={model}"
-        raise ConfigError(f"a mesh of {named} does not make {devices} devices")
+        raise ConfigError(
+            f"a mesh of {named} does not make {devices} devices: the product must be their number"
+        )
     if data % slices:
         raise ConfigError(f"{data} replicas do not divide among {slices} slices")
     return {DATA: data, EXPERT: expert, MODEL: model}
@@ -205,11 +213,16 @@ def _placed(program: Program, mesh: Mesh) -> Any:
 
 
 def zeros(
-    mesh: Mesh, spec: Spec, of_one: tuple[int, ...], dtype: DTypeLike, kind: str | None = None
-) -> jax.Array:
-    """Where each device has as much as `of_one` says. From numpy: it might have no room to make
-    them, and a host makes only what its own devices have."""
-    return placed(mesh, spec, lambda _: np.zeros(of_one, dtype), kind)
+    mesh: Mesh, spec: Spec, of_one: tuple[int, ...], dtype: DTypeLike, count: int
+) -> list[jax.Array]:
+    """So many, made by the devices, each of which has as much as `of_one` says."""
+    whole = _grown(like(of_one, dtype), spec, mesh)
+    make = jax.jit(
+        lambda: [jnp.zeros(whole.shape, dtype) for _ in range(count)],
+        out_shardings=[whole.sharding] * count,
+    )
+    made: list[jax.Array] = make()
+    return made
 
 
 def alike(mesh: Mesh, spec: Spec, of_one: Any) -> jax.Array:

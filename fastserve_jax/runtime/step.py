@@ -107,7 +107,7 @@ def empty_pages(
     layout = shape.layout(config).shape
     if mesh is None:
         return [jnp.zeros(layout, dtype) for _ in range(config.num_layers)]
-    return [zeros(mesh, PAGES, layout, dtype) for _ in range(config.num_layers)]
+    return zeros(mesh, PAGES, layout, dtype, config.num_layers)
 
 
 class Rows(NamedTuple):

@@ -27,7 +27,7 @@ from fastserve_jax.weights.hub import fetch_snapshot
 from fastserve_jax.weights.huggingface import Folder
 from fastserve_jax.weights.huggingface_config import read_config_file, read_sampling
 from fastserve_jax.weights.names import Names
-from fastserve_jax.weights.orbax import is_checkpoint, read_model
+from fastserve_jax.weights.orbax import Checkpoint, is_checkpoint, read_model_config
 from fastserve_jax.weights.pull import Progress, fetch, silent
 
 _AHEAD = 1  # parameters made ready while one is in use, by a thread
@@ -123,9 +123,12 @@ class ModelFiles:
                 whole = self._assemble(((stored, stem),))
                 stored_shape, blocks = whole.shape, iter([(0, whole)])
             elif stem in self._names.experts:
-                *several, out, size = self._source.shape(stored)
+                found = self._source.shape(stored)
+                if not 2 <= len(found) <= 3:
+                    raise self._misfit(name, found, shape)
+                *several, out, size = found
                 stored_shape = (several[0] if several else 1, size, out)
-                blocks = self._experts_of(stored, bool(several), stored_shape[0], first, wants)
+                blocks = self._experts_of(stored, stored_shape[0], first, wants, found)
             else:
                 stored_shape = self._source.shape(stored)
                 blocks = self._blocks_of(stored, most_bytes, first, wants)
@@ -150,15 +153,15 @@ class ModelFiles:
     def _experts_of(
         self,
         stored: str,
-        are_several: bool,
         count: int,
         first: int,
         wants: Callable[[int, int], bool],
+        shape: tuple[int, ...],
     ) -> Iterator[tuple[int, NDArray[Any]]]:
         """One after the other."""
         for expert in range(count):
             if wants(first + expert, 1):
-                rows = (expert, expert + 1) if are_several else None
+                rows = (expert, expert + 1) if len(shape) == 3 else (0, shape[0])
                 yield expert, _expert(self._source.read(stored, rows))
 
     def check_complete(self, names: Iterable[str]) -> dict[str, tuple[tuple[str, str], ...]]:
@@ -263,23 +266,34 @@ def open_config(
         name = reference.removeprefix("hf:")
         return name, read_config_file(fetch_snapshot(name, ("config.json",)) / "config.json")[0]
     if path.is_dir():
-        own = is_checkpoint(path)
-        return path.resolve().name, (read_model if own else _config_of)(path)[0]
+        return path.resolve().name, _config_of(path)[0]
     if path.suffix == ".json" and path.is_file():
         name = path.resolve().parent.name if path.name == "config.json" else path.stem
-        return name, read_config_file(path)[0]
+        return name, _with_experts_checked(path, *read_config_file(path))[0]
     files = open_model(reference, cache_dir, progress)
     return files.name, files.config
 
 
 def _config_of(folder: Path) -> tuple[ModelConfig, Names]:
-    return read_config_file(folder / "config.json")
+    own = is_checkpoint(folder)
+    read = read_model_config(folder) if own else read_config_file(folder / "config.json")
+    return _with_experts_checked(folder, *read)
+
+
+def _with_experts_checked(
+    path: Path, config: ModelConfig, names: Names
+) -> tuple[ModelConfig, Names]:
+    if config.num_experts and not 1 <= config.experts_per_token <= config.num_experts:
+        raise ModelFileError(
+            f"{path}: {config.experts_per_token} of {config.num_experts} experts for each token"
+        )
+    return config, names
 
 
 def open_gguf(path: Path, name: str) -> ModelFiles:
     """Opens a GGUF file. Raises ModelFileError."""
     file = GgufFile(path)
-    config, names = read_config(file)
+    config, names = _with_experts_checked(path, *read_config(file))
     licence = file.metadata.get("general.license")
     return ModelFiles(
         name=name,
@@ -298,12 +312,8 @@ def open_gguf(path: Path, name: str) -> ModelFiles:
 
 def open_folder(path: Path, name: str) -> ModelFiles:
     """Opens a folder of Hugging Face's, or one of our own. Raises ModelFileError."""
-    source: TensorSource
-    if is_checkpoint(path):
-        config, names, source = read_model(path)
-    else:
-        config, names = read_config_file(path / "config.json")
-        source = Folder(path, names)
+    config, names = _config_of(path)
+    source = Checkpoint(path) if is_checkpoint(path) else Folder(path, names)
     return ModelFiles(
         name=name,
         path=path,

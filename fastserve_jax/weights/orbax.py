@@ -33,14 +33,14 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def read_model(folder: Path) -> tuple[ModelConfig, Names, Checkpoint]:
+def read_model_config(folder: Path) -> tuple[ModelConfig, Names]:
     """Raises ModelFileError."""
     path = folder / CONFIG
     try:
         config = msgspec.json.decode(path.read_bytes(), type=ModelConfig)
     except (OSError, msgspec.DecodeError) as error:
         raise ModelFileError(f"{path}: cannot read: {error}") from error
-    return config, CANONICAL, Checkpoint(folder)
+    return config, CANONICAL
 
 
 def write_model(folder: Path, config: ModelConfig, parameters: Mapping[str, Any]) -> None:

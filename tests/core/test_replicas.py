@@ -4,11 +4,13 @@ has one home, and work is spread by what is owed and what is cached."""
 import random
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve_jax.core.policy import POLICIES
 from fastserve_jax.core.scheduler import Limits
+from fastserve_jax.errors import InvalidRequest, Overloaded
 from tests.core.driver import Driver
 from tests.core.lives import COSTS, draw, live
 from tests.core.test_lives import bounds, calm, costs, moves
@@ -110,6 +112,35 @@ def test_a_full_replica_is_passed_over():
         driver.submit(range(20), 2)
     driver.run()
     assert min(homes(driver)) >= 1
+
+
+def test_whoever_has_room_takes_it_and_a_request_is_refused_once():
+    limits = replace(ROOM, max_slots=1, step_tokens=4, max_queue=1, max_live=2)
+    driver = Driver(limits, replicas=3)
+    taken = refused = 0
+    for _ in range(8):
+        try:
+            driver.submit(range(20), 2)
+            taken += 1
+        except Overloaded:
+            refused += 1
+    stats = driver.scheduler.stats()
+    assert (taken, refused) == (3, 5)
+    assert (stats.submitted, stats.rejected) == (3, 5)
+    with pytest.raises(InvalidRequest):
+        driver.submit([], 2)
+    assert driver.scheduler.stats().rejected == 6
+    driver.run()
+
+
+def test_steps_of_one_then_of_the_other_are_all_busy():
+    driver = Driver(ROOM, replicas=2)
+    for start in (0, 50):
+        driver.submit([start, start + 1, start + 2], 6)
+        driver.run()
+    stats = driver.scheduler.stats()
+    assert stats.busy_s == pytest.approx(stats.steps * driver.step_s)
+    assert stats.stall_s <= stats.busy_s
 
 
 def test_a_step_is_learned_as_what_the_longest_plan_weighed():

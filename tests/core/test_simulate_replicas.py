@@ -60,6 +60,7 @@ def test_one_replica_is_the_plain_simulation(policy):
     plain = simulate(scheduler(policy), arrivals, lengths, DEVICE)
     one, routing = run(1, arrivals, lengths, policy=policy)
     assert mean_jct_s(one) == pytest.approx(mean_jct_s(plain), rel=0.03)
+    assert one.offered_tokens == pytest.approx(plain.offered_tokens, rel=0.01)
     assert one.end_s == pytest.approx(plain.end_s, rel=0.01)
     assert [life.produced for life in one.lives] == [lengths[life.request_id] for life in one.lives]
     assert routing.sent == {"0": 300}
@@ -76,6 +77,31 @@ def test_ten_replicas_do_ten_times_as_much(router):
     assert max(routing.sent.values()) < 300
     assert mean_jct_s(ten) < 1.15 * mean_jct_s(one)
     assert ten.busy_s == pytest.approx(10 * one.busy_s, rel=0.1)
+
+
+def test_each_scheduler_is_told_what_its_own_steps_took():
+    """However many others' steps end meanwhile."""
+    arrivals, lengths = load(1000, 0.012)
+    replicas = [scheduler("adaptive") for _ in range(10)]
+    real = {replica: replica.commit for replica in replicas}
+    for replica in replicas:
+
+        def checked(plan, result, elapsed_s, now, replica=replica):
+            assert elapsed_s == pytest.approx(DEVICE.step_s(plan.load))
+            return real[replica](plan, result, elapsed_s, now)
+
+        replica.commit = checked
+    ran, _ = simulate_replicas(
+        replicas,
+        Router("least", Random(0).sample),
+        arrivals,
+        lengths,
+        DEVICE,
+        expected_tokens=30,
+        beginnings=lambda _: (),
+        block_tokens=160,
+    )
+    assert ran.stats.busy_s == pytest.approx(ran.busy_s)
 
 
 def test_a_router_that_knows_prefixes_computes_less():

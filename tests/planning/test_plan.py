@@ -3,20 +3,21 @@
 import io
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import pytest
 from rich.console import Console
 
-from fastserve_jax.chips import Chips, Rates, rates_of
-from fastserve_jax.config import load_settings, parse_mesh
+from fastserve_jax.chips import Chips, Rates, chips, rates_of
+from fastserve_jax.config import MeshSettings, load_settings, parse_mesh
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.parts import Parts
 from fastserve_jax.planning import plan, report
 from fastserve_jax.planning.floor import Sizes
 from fastserve_jax.planning.site import make_site
-from fastserve_jax.runtime.mesh import choose_axes
+from fastserve_jax.runtime.mesh import choose_axes, slices_of
 from pallas_kernels import Target, compiling_for
 from tests.models.families import FAMILIES
 
@@ -36,7 +37,7 @@ LLAMA3_70B = ModelConfig("llama", 128256, 8192, 80, 64, 8, 128, 28672, 8192, 1e-
 
 def site(rates=RATES, config=FAMILIES["llama"], settings=SETTINGS):
     here = Chips("laptop", "cpu", jax.devices()[:1], rates)
-    return make_site("tiny", config, settings, "laptop:1", here, {})
+    return make_site("tiny", config, settings, "laptop:1", here)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_a_model_is_divided_as_far_as_its_kv_heads_go():
         chosen(LLAMA3_70B, 16, {"data": 1, "model": 16}, slices=2)
     with pytest.raises(ConfigError, match=r"6 heads .* among 4 devices; among 1 or 2 they do"):
         chosen(FAMILIES["llama"], 4, {"model": 4})
-    with pytest.raises(ConfigError, match="0 experts do not divide among 2 devices"):
+    with pytest.raises(ConfigError, match="the model has no experts"):
         chosen(LLAMA3_70B, 16, {"expert": 2})
     with pytest.raises(ConfigError, match="no axis rows: there are data, expert, model"):
         parse_mesh("rows=2")
@@ -137,6 +138,26 @@ def test_a_chip_that_is_here_has_its_makers_rates():
     assert rates_of("NVIDIA H200").bandwidth == 4.8e12  # the same: no word of its memory
     with pytest.raises(ConfigError, match="no rates of cpu are known"):
         rates_of("cpu")
+
+
+def test_hosts_of_gpus_are_no_slices():
+    def device(platform, number):
+        return SimpleNamespace(platform=platform, slice_index=number)
+
+    assert slices_of([device("tpu", number // 2) for number in range(4)]) == 2
+    assert slices_of([device("gpu", number // 2) for number in range(4)]) == 1
+
+
+def test_a_mesh_of_the_settings_is_planned():
+    asked = replace(SETTINGS, mesh=MeshSettings(data=3))
+    with pytest.raises(ConfigError, match="data=3, expert=1, model=1 does not make 1 devices"):
+        site(settings=asked)
+
+
+def test_slices_are_written_as_a_number():
+    for written in ("4x4*", "4x4*two", "4x4*0"):
+        with pytest.raises(ConfigError, match=r"write so many slices as 4x4\*2"):
+            chips(f"v5e:{written}")
 
 
 def test_how_a_mesh_is_written():

@@ -20,7 +20,7 @@ from fastserve_jax.errors import GroupLost
 
 MOST_S = 20.0  # from a loss to the end of every host
 STREAMS = 32
-FLAGS = ["--dtype", "f32", "--max-slots", "8", "--max-context", "256", "--mesh", "model=4"]
+FLAGS = ["--dtype", "f32", "--max-slots", "8", "--max-context", "256", "--mesh", "model=2"]
 FLAGS += ["--set", "engine.step_tokens=16", "--set", "engine.speculate=off"]  # fewer programs
 
 
@@ -44,9 +44,9 @@ def two_hosts(model, folder, cache, address="127.0.0.1", inside=([], [])):
     `inside` are commands that run each where it is to be."""
     coordinator, port = f"{address}:{free_port()}", free_port()
     environment = {**os.environ, "FASTSERVE_CACHE": str(cache), "COLUMNS": "400"}
-    environment["JAX_PLATFORMS"] = "cpu"
+    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, "-m", "fastserve_jax", "serve", str(model), *FLAGS]
-    command += ["--cpu-devices", "2", "--host", address, "--port", str(port)]
+    command += ["--cpu-devices", "1", "--host", address, "--port", str(port)]
     command += ["--num-hosts", "2", "--coordinator", coordinator]
     with ExitStack() as ending:
         hosts = []
@@ -123,8 +123,6 @@ def model(shared):
 def test_a_follower_is_killed_in_the_middle_of_streams(model, tmp_path, cache):
     with two_hosts(model, tmp_path, cache) as (url, (leader, follower)):
         assert ask(url).startswith(", there was a little girl named")
-        with pytest.raises(urllib.error.URLError):  # only the leader listens
-            urllib.request.urlopen(f"http://127.0.0.1:{int(url.rpartition(':')[2]) + 1}/health")
         lasts, elapsed_s = asyncio.run(in_the_middle(url, follower.process.kill))
         assert elapsed_s < MOST_S
         for last in lasts:

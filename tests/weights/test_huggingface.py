@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from fastserve_jax.errors import ModelFileError
 from fastserve_jax.models.config import ModelConfig, RopeScaling
 from fastserve_jax.weights.huggingface_config import read_config_file, read_sampling
-from fastserve_jax.weights.load import open_folder
+from fastserve_jax.weights.load import open_config, open_folder
 from tests.weights import synthetic
 from tests.weights.synthetic import Arrays, folder_config, write_folder
 
@@ -129,9 +129,11 @@ def test_configs_with_experts(tmp_path: Path) -> None:
         ({"num_experts": None}, "num_experts is missing"),
     ],
 )
-def test_layers_without_experts_are_refused(tmp_path: Path, changes: Any, reason: str) -> None:
+def test_experts_that_cannot_be_are_refused(tmp_path: Path, changes: Any, reason: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(folder_config("qwen3_moe", **changes)))
     with pytest.raises(ModelFileError, match=reason):
-        _config(tmp_path, "qwen3_moe", **changes)
+        open_config(str(path), tmp_path)
 
 
 def test_gpt2_config(tmp_path: Path) -> None:
