@@ -36,9 +36,6 @@ class Router:
         self._homes: OrderedDict[Hashable, tuple[str, ...]] = OrderedDict()
         self._turn = 0
 
-    def __len__(self) -> int:
-        return len(self._replicas)
-
     def load(self, replica: str) -> float:
         return self._loads[replica]
 

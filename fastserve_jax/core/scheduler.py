@@ -41,7 +41,7 @@ from .types import (
 
 __all__ = ["Limits", "Scheduler", "Stats"]
 
-_MOST_IN_FLIGHT = 2
+MOST_IN_FLIGHT = 2
 
 
 class Scheduler:
@@ -192,7 +192,7 @@ class Scheduler:
 
         At most two plans may be uncommitted.
         """
-        assert len(self._plans) < _MOST_IN_FLIGHT, "commit the oldest plan first"
+        assert len(self._plans) < MOST_IN_FLIGHT, "commit the oldest plan first"
         self._now = now
         speculation = self._speculation
         if self._plans and speculation is not None:

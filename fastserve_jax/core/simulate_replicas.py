@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 
 from .cost import CostModel
 from .routing import Router
-from .scheduler import Scheduler
+from .scheduler import MOST_IN_FLIGHT, Scheduler
 from .simulate import Replay, Run
 from .stats import together
 from .types import DoneEvent, Request
 
-_MOST_IN_FLIGHT = 2
 _TELL_EVERY = 4096  # events
 
 
@@ -44,7 +43,7 @@ class _Replica:
     def go_on(self, now: float) -> float | None:
         """Plans what may be planned; when the oldest step ends, None where there is none."""
         replay = self.replay
-        while len(replay.flight) < _MOST_IN_FLIGHT:
+        while len(replay.flight) < MOST_IN_FLIGHT:
             if replay.plan(now) is None:
                 break
         return replay.flight[0][1] if replay.flight else None

@@ -1,7 +1,8 @@
-"""A model's parameters as its parts have them: never the model, never a large tensor as a whole.
+"""A model's parameters as its parts have them, never the model as a whole.
 
 Stored tensors are read by blocks of rows, and of each block goes where it belongs what a part of
-this process has. Knows stored tensors and ranges, no mesh and no device.
+this process has. Only where a file has rows in another order (Llama's q and k in GGUF, GPT-2's from
+Hugging Face) a tensor is read whole, one at a time. Knows stored tensors and ranges, no device.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from fastserve_jax.models.parts import Ranges
+
 from .load import ModelFiles
 from .quantise import to_int8
 
 _BLOCK_BYTES = 16 << 20
-
-
-type Ranges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
