@@ -327,6 +327,69 @@ def plan(
     )
 
 
+data = App(name="data", help="Text to train on.")
+app.command(data)
+
+
+@data.command(name="prepare")
+def prepare_data(
+    *files: Path,
+    out: Path,
+    vocabulary: str = "",
+    tokenizer: str = "",
+    context: int = 512,
+    holdout: float = 0.01,
+    labels: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Clean FILES, leave out what is there twice, turn it into tokens and pack these into rows.
+
+    Text (documents apart by a blank line or <|endoftext|>), JSON lines, CSV, or a .zip of them. What
+    was interrupted goes on where it stood.
+
+    Parameters
+    ----------
+    out
+        The folder to make.
+    vocabulary
+        What to train: bpe:4096 or sentencepiece:4096.
+    tokenizer
+        A model, whose vocabulary to take instead.
+    context
+        Tokens in a row.
+    holdout
+        Share of the documents that is kept to measure with.
+    labels
+        Each text has a label (a column label, category, class or intent), which is to be learned.
+    """
+    from fastserve_jax.lifecycle.commands import run_prepare
+    from fastserve_jax.lifecycle.prepare import Wanted
+
+    wanted = Wanted(context, vocabulary, holdout, "labels" if labels else "text")
+    run_prepare(files, out, wanted, tokenizer, cache_folder())
+
+
+@data.command(name="stories")
+def write_stories(out: Path, /, *, count: int = 20_000, first: int = 0) -> None:
+    """Write COUNT little stories, made by rule, to OUT: text to try training on."""
+    from fastserve_jax.lifecycle.documents import END
+    from fastserve_jax.lifecycle.stories import stories
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(END.join(stories(count, first)), encoding="utf-8")
+
+
+@app.command
+def train(*, config: Config = None, set_: Set = None) -> None:
+    """Train a model as the file says (see configs/train/), or go on where that was interrupted."""
+    from fastserve_jax.config import read_settings
+    from fastserve_jax.lifecycle.settings import TrainSettings
+
+    settings = read_settings(TrainSettings, config, set_ or [])
+    from fastserve_jax.lifecycle.commands import run_train
+
+    run_train(settings)
+
+
 # One or two sequences at a time: fewer programs to compile than a server needs.
 _LOCAL = ("engine.max_slots=4", "engine.step_tokens=128")
 

@@ -85,6 +85,13 @@ class Settings:
 
 def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Settings:
     """The file's settings, then each "a.b=c" over them. Raises ConfigError naming the place."""
+    settings = read_settings(Settings, path, overrides)
+    _check_values(settings)
+    return settings
+
+
+def read_settings[T](kind: type[T], path: Path | None, overrides: Iterable[str] = ()) -> T:
+    """The same of any tree of settings, whose values are not checked yet."""
     tree: dict[str, Any] = {}
     if path is not None:
         try:
@@ -93,20 +100,18 @@ def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Se
             raise ConfigError(f"{path}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: {error}") from error
-        _check_names(tree, Settings, str(path), ())
+        _check_names(tree, kind, str(path), ())
     for override in overrides:
         names, value = _parse(override)
         nested: dict[str, Any] = {names[-1]: value}
         for name in reversed(names[:-1]):
             nested = {name: nested}
-        _check_names(nested, Settings, "--set", ())
+        _check_names(nested, kind, "--set", ())
         _merge(tree, nested)
     try:
-        settings = msgspec.convert(tree, Settings)
+        return msgspec.convert(tree, kind)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path or '--set'}: {error}") from error
-    _check_values(settings)
-    return settings
 
 
 def asked_axes(mesh: MeshSettings) -> dict[str, int]:

@@ -13,6 +13,8 @@
     └─ OperatorError            what the person at the terminal can mend; never leaves it
        ├─ ModelFileError        a model's files: unknown, damaged, incomplete
        ├─ PullFailed            a download: no network, wrong hash, no space
+       ├─ DataError             text to train on, or a prepared folder: unreadable, unfinished
+       ├─ TrainingFailed        nats that are none, a disk that is full; what was good is kept
        ├─ ConfigError           a setting: unknown key, wrong type, out of range
        ├─ DoesNotFit            memory: what would fit is in the message
        └─ GroupLost             another host of the group: gone, or never there
@@ -107,6 +109,14 @@ class ModelFileError(OperatorError):
 
 
 class PullFailed(OperatorError):
+    pass
+
+
+class DataError(OperatorError):
+    pass
+
+
+class TrainingFailed(OperatorError):
     pass
 
 

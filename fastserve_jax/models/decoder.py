@@ -92,29 +92,35 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        kv_pages: jax.Array,
-        batch: Batch,
+        kv_pages: jax.Array | None,
+        batch: Batch | None,
         at: Place,
         turn: Rotation | None,
         norm: Norm,
         post_norm: Norm | None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """x + post_norm(attention of norm(x)), and the pages with the new keys and values."""
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """x + post_norm(attention of norm(x)), and the pages with the new keys and values. Without
+        pages a token sees those before it of its own row, all of which are in x."""
         heads = self.qkv(x, at.live, norm=norm).reshape(x.shape[0], -1, self.config.head_dim)
         mixed, kv_pages = self._mix(heads, kv_pages, batch, at, turn)
         return self.out(mixed, at.live, add=x, add_norm=post_norm), kv_pages
 
     def _mix(
-        self, heads: jax.Array, kv_pages: jax.Array, batch: Batch, at: Place, turn: Rotation | None
-    ) -> tuple[jax.Array, jax.Array]:
-        config, dim, rows = self.config, self.config.head_dim, map(jnp.asarray, batch[1:])
+        self,
+        heads: jax.Array,
+        kv_pages: jax.Array | None,
+        batch: Batch | None,
+        at: Place,
+        turn: Rotation | None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        config, dim = self.config, self.config.head_dim
         scale = dim**-0.5 if config.attention_scale is None else config.attention_scale
-        if cpu.runs() and cpu.fits(dim, kv_pages.dtype):
+        if kv_pages is not None and cpu.runs() and cpu.fits(dim, kv_pages.dtype):
             norms = (self.q_norm, self.k_norm) if config.qk_norm else (None, None)
             return cpu.paged_attention(
                 heads,
                 kv_pages,
-                *rows,
+                *map(jnp.asarray, batch[1:]),
                 scale=scale,
                 window=self.window,
                 turn=turn,
@@ -128,10 +134,23 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
-        kv_pages = write_kv(kv_pages, k, v, at.pages, at.offsets)
         q = q.astype(self.dtype)
+        if kv_pages is None:
+            mixed = attend(q, k.astype(self.dtype), v.astype(self.dtype), at, scale, self.window)
+            return mixed.reshape(len(heads), -1), None
+        kv_pages = write_kv(kv_pages, k, v, at.pages, at.offsets)
+        rows = map(jnp.asarray, batch[1:])
         mixed = ragged_paged_attention(q, kv_pages, *rows, scale=scale, window=self.window)
         return mixed.reshape(len(heads), -1), kv_pages
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, at: Place, scale: float, window: int
+) -> jax.Array:
+    """[tokens, heads, head_dim] each, of rows behind each other: causal within a row."""
+    ahead = jnp.arange(len(q))[:, None] - jnp.arange(len(q))
+    mask = (at.rows[:, None] == at.rows) & (ahead >= 0) & (ahead < (window or len(q)))
+    return jax.nn.dot_product_attention(q[None], k[None], v[None], mask=mask[None], scale=scale)[0]
 
 
 class MLP(nnx.Module):
@@ -186,8 +205,13 @@ class Layer(nnx.Module):
             )
 
     def __call__(
-        self, x: jax.Array, kv_pages: jax.Array, batch: Batch, at: Place, turn: Rotation | None
-    ) -> tuple[jax.Array, jax.Array]:
+        self,
+        x: jax.Array,
+        kv_pages: jax.Array | None,
+        batch: Batch | None,
+        at: Place,
+        turn: Rotation | None,
+    ) -> tuple[jax.Array, jax.Array | None]:
         post = (self.post_attn_norm, self.post_mlp_norm) if self.sandwich else (None, None)
         x, kv_pages = self.attn(x, kv_pages, batch, at, turn, self.attn_norm, post[0])
         return self.mlp(x, at.live, self.mlp_norm, post[1]), kv_pages
@@ -223,16 +247,17 @@ class Decoder(nnx.Module):
         self, tokens: jax.Array, kv_pages: list[jax.Array], batch: Batch, at: Place
     ) -> tuple[jax.Array, list[jax.Array]]:
         """tokens [n] int32 -> hidden [n, hidden_size] in the model's dtype, normed for the head."""
-        x = self.embed(tokens) * self.config.embedding_scale
-        if self.config.learned_positions:
-            x = x + self.positions(at.positions)
-        turns, written = rotations(self.config, at.positions), []
+        x, turns, written = self.embedded(tokens, at), rotations(self.config, at.positions), []
         for i, (layer, pages) in enumerate(zip(self.layers, kv_pages, strict=True)):
             graph, state = nnx.split(layer)
             turn = turns[self.config.window(i) > 0]
             x, pages = _run_layer(graph, state, x, pages, batch, at, turn)
             written.append(pages)
         return self.final_norm(x).astype(self.dtype), written
+
+    def embedded(self, tokens: jax.Array, at: Place) -> jax.Array:
+        x = self.embed(tokens) * self.config.embedding_scale
+        return x + self.positions(at.positions) if self.config.learned_positions else x
 
 
 def rotations(config: ModelConfig, positions: jax.Array) -> tuple[Rotation | None, Rotation | None]:

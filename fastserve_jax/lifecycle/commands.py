@@ -1,0 +1,77 @@
+"""What a person sees of the commands that prepare data and train: progress, curves, a last line."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastserve_jax.runtime.hosts import divide_cpu
+from fastserve_jax.terminal import Bars, console
+from fastserve_jax.weights.load import open_model
+
+from .dataset import TOKENIZER
+from .prepare import Wanted, prepare
+from .settings import TrainSettings
+from .vocabulary import copy_vocabulary
+
+
+
+def run_prepare(
+    files: Sequence[Path], out: Path, wanted: Wanted, tokenizer: str, cache_dir: Path
+) -> None:
+    began = time.perf_counter()
+    if tokenizer and not (out / TOKENIZER).is_dir():
+        with Bars() as bars:
+            model = open_model(tokenizer, cache_dir, bars.pull)
+        copy_vocabulary(model.tokenizer_source, out / TOKENIZER)
+    with console.status("reading") as status:
+        facts = prepare(
+            files, out, wanted, lambda stage, done: status.update(f"{stage}: {done:,} documents")
+        )
+    left_out = f"{facts.repeated:,} there twice and {facts.empty:,} empty ones left out"
+    console.print(
+        f"{facts.documents:,} documents ({left_out}), {facts.tokens:,} to be learned, in "
+        f"{facts.train_rows:,} rows of {facts.context} and {facts.valid_rows:,} to measure with; "
+        f"{time.perf_counter() - began:.0f} s"
+    )
+
+
+def run_train(settings: TrainSettings) -> None:
+    if settings.mesh.cpu_devices:
+        divide_cpu(settings.mesh.cpu_devices)
+    from .curves import draw
+    from .train import Point, train
+
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[said]}"),
+        TimeRemainingColumn(),
+    )
+    began = time.perf_counter()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=settings.steps, said="")
+
+        def report(point: Point) -> None:
+            said = f"loss {point.loss:.3f}, {point.tokens_per_s:,.0f} tokens/s"
+            bar.update(task, completed=point.step, said=said)
+            if point.valid_loss is not None:
+                console.print(
+                    f"step {point.step}: loss {point.loss:.3f}, held out {point.valid_loss:.3f} "
+                    f"({point.valid_accuracy:.1%} right), {point.tokens_per_s:,.0f} tokens/s"
+                )
+
+        done = train(settings, report, console.print)
+    picture = draw(Path(settings.out))
+    shown = f"; curves in {picture}" if picture else ""
+    console.print(
+        f"{done.steps} steps in {time.perf_counter() - began:,.0f} s; the best is of step "
+        f"{done.best_step}, held out {done.valid_loss:.3f}{shown}\n"
+        f"  fastserve serve {shlex.quote(str(done.folder))}",
+        soft_wrap=True,
+    )

@@ -1,0 +1,75 @@
+"""What training makes small: how little a model expects of a token, or of a label.
+
+Each loss is a sum over what is learned and how much that is, so that batches of any size add up to
+the same. Arrays by canonical name go in; no pages, no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fastserve_jax.models.config import ModelConfig
+from fastserve_jax.models.decoder import Decoder, State, abstract, fill
+from fastserve_jax.models.precision import Precision
+from fastserve_jax.models.whole import logits_of
+
+type Arrays = Mapping[str, jax.Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A decoder to be trained: its graph computes in `dtype`, whatever its parameters are kept in.
+    With `remat` layers are computed again for their gradients."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @property
+    def graph(self) -> nnx.GraphDef[Decoder]:
+        return abstract(self.config, Precision(self.dtype))[0]
+
+    @property
+    def empty(self) -> State:
+        """Parameters as shapes, in float32: what an optimiser adds to is not rounded away."""
+        return abstract(self.config, Precision(jnp.float32))[1]
+
+    def filled(self, arrays: Arrays) -> State:
+        return fill(self.empty, {name: array.astype(self.dtype) for name, array in arrays.items()})
+
+    def logits(self, arrays: Arrays, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+        """[rows, n] int32 each -> [rows, n, vocab_size] float32."""
+        graph, state = self.graph, self.filled(arrays)
+
+        def one(tokens: jax.Array, segments: jax.Array) -> jax.Array:
+            return logits_of(graph, self.config, state, tokens, segments, remat=self.remat)
+
+        made: jax.Array = jax.vmap(one)(tokens, segments)
+        return made
+
+
+def text_loss(
+    model: Model, arrays: Arrays, batch: Arrays
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """-> nats, (tokens, of them the ones expected most); each token from those before it of its
+    document, padding and what is only read left out."""
+    tokens, segments = batch["tokens"].astype(jnp.int32), batch["segments"].astype(jnp.int32)
+    logits = model.logits(arrays, tokens, segments)[:, :-1]
+    target = tokens[:, 1:]
+    counts = batch["learned"][:, 1:] & (segments[:, 1:] == segments[:, :-1])
+    return _cross_entropy(logits, target, counts)
+
+
+def _cross_entropy(
+    logits: jax.Array, target: jax.Array, counts: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    nats = jax.nn.logsumexp(logits, axis=-1) - chosen
+    right = (jnp.argmax(logits, axis=-1) == target) & counts
+    return jnp.sum(jnp.where(counts, nats, 0)), (jnp.sum(counts), jnp.sum(right))

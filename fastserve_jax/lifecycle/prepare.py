@@ -1,0 +1,225 @@
+"""`fastserve data prepare`: files of text to a folder that a model is trained on.
+
+Goes in parts, each written when it is done, so that what was interrupted goes on where it stood;
+the same files and settings make the same folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import batched
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fastserve_jax.errors import ConfigError, DataError, InvalidRequest
+from fastserve_jax.text.chat import ChatTemplate
+from fastserve_jax.text.load import load_tokenizer
+from fastserve_jax.text.tokenizer import Tokenizer
+
+from .dataset import ARRAYS, FACTS, TOKENIZER, TRAIN, VALID, Facts
+from .documents import Counts, Document, documents
+from .packing import Packer, end_token, piece_of
+from .vocabulary import train_vocabulary, vocabulary_of
+
+_PARTS = ".parts"
+_PART_DOCUMENTS = 2000
+
+type Arrays = dict[str, NDArray[Any]]
+type Progress = Callable[[str, int], None]  # stage, documents
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """`vocabulary` is kind:size, to be trained, unless the folder has a tokenizer already."""
+
+    context: int = 512
+    vocabulary: str = ""
+    holdout: float = 0.01  # of documents, to measure with
+    kind: str = "text"
+
+    def __post_init__(self) -> None:
+        if self.context < 8:
+            raise ConfigError(f"a context of {self.context} is too short: 8 at the least")
+        if not 0 <= self.holdout < 1:
+            raise ConfigError(f"holdout is a share of the documents, not {self.holdout}")
+        if self.kind not in ARRAYS:
+            raise ConfigError(f"no kind {self.kind}: there are {', '.join(ARRAYS)}")
+
+
+def prepare(
+    files: Sequence[Path], folder: Path, wanted: Wanted, progress: Progress = lambda *_: None
+) -> Facts:
+    """Raises DataError and ConfigError. What is there already and of the same files is kept."""
+    if not files:
+        raise DataError("no files: name some text, JSONL or CSV")
+    mark = _fingerprint(files, wanted)
+    done = folder / FACTS
+    if done.exists():
+        known = msgspec.json.decode(done.read_bytes(), type=Facts)
+        if known.fingerprint == mark:
+            return known
+        raise DataError(f"{folder} has another dataset: take another folder, or delete it")
+    parts = folder / _PARTS / mark
+    parts.mkdir(parents=True, exist_ok=True)
+    if not (folder / TOKENIZER).is_dir():
+        _train(files, folder, wanted, progress)
+    tokenizer = load_tokenizer(vocabulary_of(folder / TOKENIZER))
+    counts, labels = Counts(), _labels(files) if wanted.kind == "labels" else ()
+    maker = _Maker(wanted, tokenizer, ChatTemplate(tokenizer), end_token(tokenizer), labels)
+    several = batched(documents(files, counts), _PART_DOCUMENTS)
+    names = [_part(parts, number, some, maker) for number, some in _told(several, progress)]
+    rows = {part: _join(names, part, folder, wanted.kind) for part in (TRAIN, VALID)}
+    if not rows[TRAIN]:
+        raise DataError(f"nothing to train on: of {counts.read} documents {counts.kept} are kept")
+    facts = Facts(
+        kind=wanted.kind,
+        context=wanted.context,
+        vocab_size=tokenizer.vocab_size,
+        end=maker.end,
+        train_rows=rows[TRAIN],
+        valid_rows=rows[VALID],
+        tokens=sum(_learned(folder, part, wanted.kind) for part in (TRAIN, VALID)),
+        documents=counts.kept,
+        repeated=counts.repeated,
+        empty=counts.empty,
+        fingerprint=mark,
+        labels=labels,
+    )
+    _write(done, msgspec.json.format(msgspec.json.encode(asdict(facts))))
+    shutil.rmtree(folder / _PARTS)
+    return facts
+
+
+def _fingerprint(files: Sequence[Path], wanted: Wanted) -> str:
+    found = hashlib.blake2b(repr(wanted).encode(), digest_size=8)
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "blake2b").digest())
+        except OSError as error:
+            raise DataError(f"{path}: cannot read: {error.strerror}") from error
+    return found.hexdigest()
+
+
+def _train(files: Sequence[Path], folder: Path, wanted: Wanted, progress: Progress) -> None:
+    kind, _, size = wanted.vocabulary.partition(":")
+    if not size.isdecimal():
+        raise ConfigError("say whose --tokenizer to take, or what --vocabulary to train: bpe:4096")
+    progress("learning a vocabulary", 0)
+    written = folder / f".{TOKENIZER}"
+    texts = (text for document in documents(files, Counts()) for text in _texts(document))
+    train_vocabulary(texts, kind, int(size), written)
+    os.replace(written, folder / TOKENIZER)
+
+
+def _texts(document: Document) -> Iterator[str]:
+    if document.text:
+        yield document.text
+    for message in document.messages:
+        if isinstance(message.get("content"), str):
+            yield message["content"]
+
+
+def _labels(files: Sequence[Path]) -> tuple[str, ...]:
+    found = {document.label for document in documents(files, Counts())}
+    if "" in found or len(found) < 2:
+        raise DataError("every text needs a label, and there must be two at the least")
+    return tuple(sorted(found))
+
+
+def _told(
+    several: Iterator[tuple[Document, ...]], progress: Progress
+) -> Iterator[tuple[int, tuple[Document, ...]]]:
+    done = 0
+    for number, some in enumerate(several):
+        yield number, some
+        done += len(some)
+        progress("tokens", done)
+
+
+@dataclass(frozen=True, slots=True)
+class _Maker:
+    wanted: Wanted
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    end: int
+    labels: tuple[str, ...]
+
+    def arrays(self, some: Sequence[Document]) -> Arrays:
+        """Named as {part}.{array}."""
+        made: Arrays = {}
+        held = [self._is_held_out(document) for document in some]
+        make = self._labelled if self.labels else self._packed
+        for part, is_held in ((TRAIN, False), (VALID, True)):
+            own = [d for d, h in zip(some, held, strict=True) if h == is_held]
+            made |= {f"{part}.{name}": array for name, array in make(own).items()}
+        return made
+
+    def _is_held_out(self, document: Document) -> bool:
+        said = f"{document.text}{document.messages}".encode("utf-8", "surrogatepass")
+        number = int.from_bytes(hashlib.blake2b(said, digest_size=8).digest())
+        return number < self.wanted.holdout * 2**64
+
+    def _packed(self, some: Sequence[Document]) -> Arrays:
+        packer = Packer(self.wanted.context)
+        for document in some:
+            try:
+                piece = piece_of(document, self.tokenizer, self.template, self.end)
+            except InvalidRequest as error:
+                raise DataError(f"{str(document)[:80]}: {error}") from error
+            packer.add(piece, whole=bool(document.messages))
+        return packer.rows()._asdict()
+
+    def _labelled(self, some: Sequence[Document]) -> Arrays:
+        context = self.wanted.context
+        tokens = np.zeros((len(some), context), np.uint32)
+        lengths, labels = np.zeros(len(some), np.int32), np.zeros(len(some), np.int32)
+        for row, document in enumerate(some):
+            ids = self.tokenizer.encode(document.text)[:context]
+            tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+            labels[row] = self.labels.index(document.label)
+        return {"tokens": tokens, "lengths": lengths, "labels": labels}
+
+
+def _part(folder: Path, number: int, some: Sequence[Document], maker: _Maker) -> Path:
+    path = folder / f"{number:06}.npz"
+    if not path.exists():
+        made = maker.arrays(some)
+        unfinished = path.with_suffix(".tmp.npz")
+        np.savez(unfinished, **made)  # type: ignore[arg-type]
+        os.replace(unfinished, path)
+    return path
+
+
+def _join(parts: Sequence[Path], name: str, folder: Path, kind: str) -> int:
+    (folder / name).mkdir(exist_ok=True)
+    rows = 0
+    for array in ARRAYS[kind]:
+        found = []
+        for path in parts:
+            with np.load(path, allow_pickle=False) as stored:
+                found.append(stored[f"{name}.{array}"])
+        whole = np.concatenate(found)
+        rows = len(whole)
+        np.save(folder / name / f"{array}.npy", whole)
+    return rows
+
+
+def _learned(folder: Path, part: str, kind: str) -> int:
+    array = np.load(folder / part / f"{ARRAYS[kind][2 if kind == 'text' else 1]}.npy", mmap_mode="r")
+    return int(array.sum())
+
+
+def _write(path: Path, data: bytes) -> None:
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_bytes(data)
+    os.replace(unfinished, path)
+

@@ -1,0 +1,245 @@
+"""`fastserve train`: a model made, or made better, step by step, from a prepared folder.
+
+What is there of an earlier run in the same folder is taken up where it stood, to the bit. Ends with
+the best model by held-out text, in our own format beside its curves.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fastserve_jax.errors import ConfigError, TrainingFailed
+from fastserve_jax.models.config import ModelConfig
+from fastserve_jax.models.decoder import parameters
+from fastserve_jax.weights.orbax import write_model
+
+from . import optimiser
+from .checkpoints import Checkpoints
+from .dataset import TOKENIZER, TRAIN, VALID, Dataset
+from .losses import Model, text_loss
+from .settings import TrainSettings
+from .steps import Steps, Told, Training, evaluation, make_mesh, place, place_batch
+from .vocabulary import copy_vocabulary
+
+CURVES, MODEL, CHECKPOINTS = "curves.jsonl", "model", "checkpoints"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Of the curves. `loss` is nats for each token."""
+
+    step: int
+    loss: float
+    accuracy: float
+    learning_rate: float
+    gradient: float
+    tokens_per_s: float
+    valid_loss: float | None = None
+    valid_accuracy: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    steps: int
+    best_step: int
+    valid_loss: float
+    folder: Path
+
+
+type Report = Callable[[Point], None]
+
+
+def train(
+    settings: TrainSettings,
+    report: Report = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
+    begin: Callable[[Dataset], tuple[ModelConfig, dict[str, Any] | None]] | None = None,
+) -> Trained:
+    """`begin` gives what is trained and its arrays, if it is not to be begun from nothing. Raises
+    OperatorErrors: ConfigError, DataError, TrainingFailed."""
+    settings.check()
+    data, out = Dataset(Path(settings.data)), Path(settings.out)
+    mesh = make_mesh(
+        jax.devices(), settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor
+    )
+    config, arrays = begin(data) if begin else (_new(settings, data), None)
+    model = Model(config, _dtype(settings), settings.remat)
+
+    def loss(params: Any, batch: Any) -> Any:
+        return text_loss(model, params, batch)
+
+    steps = Steps(loss, optimiser.make(settings.optimiser, settings.steps))
+    params = place(drawn(config, settings.seed) if arrays is None else arrays, mesh)
+    now = steps.begin(params)
+    out.mkdir(parents=True, exist_ok=True)
+    with Checkpoints(out / CHECKPOINTS, settings.keep, say) as kept:
+        loop = _Loop(settings, data, mesh, steps, evaluation(loss), kept, out / CURVES, report)
+        done, best = loop.run(now, say)
+    with Checkpoints(out / CHECKPOINTS, settings.keep, say) as kept:
+        found = kept.best(done)
+    assert found is not None, "the last step is kept"
+    step, state, _ = found
+    _finish(out / MODEL, config, state["params"] if isinstance(state, dict) else state.params, data)
+    return Trained(int(done.step), step, best, out / MODEL)
+
+
+def _new(settings: TrainSettings, data: Dataset) -> ModelConfig:
+    return settings.shape.config(data.facts.vocab_size, data.facts.context)
+
+
+def _dtype(settings: TrainSettings) -> Any:
+    if settings.dtype == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.float32 if settings.dtype == "f32" else jnp.bfloat16
+
+
+def drawn(config: ModelConfig, seed: int) -> dict[str, jax.Array]:
+    """Matrices from a normal of .02, those that add to what goes through all layers less, the more
+    there are (Radford et al., "GPT-2", 2019, section 2.3); norms are ones."""
+    shapes = parameters(Model(config).empty)
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    made = {}
+    for key, (name, leaf) in zip(keys, sorted(shapes.items()), strict=True):
+        if len(leaf.shape) < 2:
+            fill = 0.0 if name.endswith("bias") else 1.0
+            made[name] = jnp.full(leaf.shape, fill, leaf.dtype)
+            continue
+        adds = name.endswith(("attn.out.weight", "down.weight"))
+        scale = 0.02 / math.sqrt(2 * config.num_layers) if adds else 0.02
+        made[name] = scale * jax.random.normal(key, leaf.shape, leaf.dtype)
+    return made
+
+
+@dataclass(slots=True)
+class _Loop:
+    settings: TrainSettings
+    data: Dataset
+    mesh: Any
+    steps: Steps
+    evaluate: Callable[[Any, Any], Told]
+    kept: Checkpoints
+    curves: Path
+    report: Report
+
+    def run(self, now: Training, say: Callable[[str], None]) -> tuple[Training, float]:
+        """To the last step, or until nothing gets better; returns it and the best loss."""
+        settings = self.settings
+        batches = self.data.batches(TRAIN, settings.batch_rows, settings.seed)
+        best, worse, first = math.inf, 0, 0
+        if (found := self.kept.newest(now)) is not None:
+            first, now, stood = found[0], Training(*found[1]), found[2]
+            batches.set_state(stood["batches"])
+            best, worse = stood["best"], stood["worse"]
+            say(f"goes on after step {first}")
+            self._cut(first)
+        step_of = self.steps.compiled()
+        rate = optimiser.schedule(settings.optimiser, settings.steps)
+        sums, began = _Sums(), time.perf_counter()
+        for number in range(first + 1, settings.steps + 1):
+            batch = place_batch(next(batches), self.mesh, settings.accumulate)
+            now, told = step_of(now, batch)
+            sums.add(told)
+            is_last = number == settings.steps
+            is_due = is_last or number % settings.evaluate_every == 0
+            if not (is_due or number % settings.log_every == 0):
+                continue
+            point = sums.point(number, float(rate(number - 1)), time.perf_counter() - began)
+            if not math.isfinite(point.loss) or not math.isfinite(point.gradient):
+                raise TrainingFailed(self._lost(number, point))
+            if is_due:
+                point = self._measured(now, point)
+                valid = point.loss if point.valid_loss is None else point.valid_loss
+                worse = 0 if valid < best else worse + 1
+                best = min(best, valid)
+                stood = {"batches": batches.get_state(), "best": best, "worse": worse}
+                self.kept.save(number, now, stood, valid)
+            self._tell(point)
+            sums, began = _Sums(), time.perf_counter()
+            if settings.patience and worse >= settings.patience:
+                say(f"ends early: nothing got better in {worse} evaluations")
+                break
+        return now, best
+
+    def _measured(self, now: Training, point: Point) -> Point:
+        if not self.data.facts.valid_rows:
+            return point
+        sums = _Sums()
+        devices = self.mesh.size
+        rows = max(devices, self.settings.batch_rows // self.settings.accumulate)
+        for batch in self.data.batches(VALID, rows, None):
+            short = -len(next(iter(batch.values()))) % devices
+            padded = {n: _padded(a, short, n == "learned") for n, a in batch.items()}
+            placed = place_batch(padded, self.mesh, 1)
+            sums.add(self.evaluate(now.params, {n: a[0] for n, a in placed.items()}))
+        loss, accuracy = sums.means()
+        return Point(**asdict(point) | {"valid_loss": loss, "valid_accuracy": accuracy})
+
+    def _lost(self, number: int, point: Point) -> str:
+        return (
+            f"at step {number} the loss is {point.loss:.3g} and the gradient {point.gradient:.3g}: "
+            f"take a smaller learning rate than {self.settings.optimiser.learning_rate:g}, or a "
+            f"longer warm-up; checkpoints in {self.kept.folder} are of the steps before"
+        )
+
+    def _tell(self, point: Point) -> None:
+        with self.curves.open("a") as file:
+            file.write(json.dumps(asdict(point)) + "\n")
+        self.report(point)
+
+    def _cut(self, step: int) -> None:
+        """What was written of steps that are done once more."""
+        if self.curves.exists():
+            lines = [line for line in self.curves.read_text().splitlines() if line.strip()]
+            known = [line for line in lines if json.loads(line)["step"] <= step]
+            self.curves.write_text("".join(f"{line}\n" for line in known))
+
+
+def _padded(array: Any, rows: int, is_learned: bool) -> Any:
+    """With rows that nothing is learned of."""
+    if not rows:
+        return array
+    spare = array[:1].repeat(rows, axis=0)
+    return jnp.concatenate([array, spare * (not is_learned)])
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self._told: list[Told] = []
+
+    def add(self, told: Told) -> None:
+        self._told.append(told)  # on the device, until somebody asks
+
+    def means(self) -> tuple[float, float]:
+        nats, tokens, right, _ = map(sum, zip(*jax.device_get(self._told), strict=True))
+        return float(nats) / max(1, int(tokens)), float(right) / max(1, int(tokens))
+
+    def point(self, step: int, rate: float, elapsed_s: float) -> Point:
+        loss, accuracy = self.means()
+        tokens = sum(int(told.tokens) for told in self._told)
+        gradient = float(self._told[-1].gradient)
+        return Point(step, loss, accuracy, rate, gradient, tokens / elapsed_s)
+
+
+def points(folder: Path) -> Iterator[Point]:
+    """Of a run's curves."""
+    for line in (folder / CURVES).read_text().splitlines():
+        yield Point(**json.loads(line))
+
+
+def _finish(folder: Path, config: ModelConfig, params: Any, data: Dataset) -> None:
+    if folder.exists():
+        raise ConfigError(f"{folder} is there already: training had ended; take another `out`")
+    copy_vocabulary(data.folder / TOKENIZER, folder.with_name(".tokenizer"))
+    write_model(folder, config, {n: a.astype(jnp.bfloat16) for n, a in params.items()})
+    for file in folder.with_name(".tokenizer").iterdir():
+        file.rename(folder / file.name)
+    folder.with_name(".tokenizer").rmdir()
