@@ -387,7 +387,7 @@ def train(*, config: Config = None, set_: Set = None) -> None:
     settings = read_settings(TrainSettings, config, set_ or [])
     from fastserve_jax.lifecycle.commands import run_train
 
-    run_train(settings)
+    run_train(settings, cache_folder())
 
 
 # One or two sequences at a time: fewer programs to compile than a server needs.

@@ -6,14 +6,20 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastserve_jax.errors import ConfigError
+from fastserve_jax.models.config import ModelConfig
+from fastserve_jax.models.decoder import parameters
 from fastserve_jax.runtime.hosts import divide_cpu
 from fastserve_jax.terminal import Bars, console
+from fastserve_jax.text.load import load_tokenizer
 from fastserve_jax.weights.load import open_model
 
-from .dataset import TOKENIZER
+from .dataset import TOKENIZER, Dataset
 from .prepare import Wanted, prepare
 from .settings import TrainSettings
 from .vocabulary import copy_vocabulary
@@ -40,7 +46,25 @@ def run_prepare(
     )
 
 
-def run_train(settings: TrainSettings) -> None:
+def _base(settings: TrainSettings, cache_dir: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model that training goes on from. Raises ConfigError where the data is of another
+    vocabulary."""
+    from .losses import Model
+
+    with Bars() as bars:
+        files = open_model(settings.base, cache_dir, bars.pull)
+        bars.opened(files)
+    known, own = Dataset(Path(settings.data)).facts.vocab_size, files.config.vocab_size
+    if load_tokenizer(files.tokenizer_source).vocab_size != known:
+        raise ConfigError(
+            f"{settings.data} has a vocabulary of {known}, {settings.base} one of {own}: prepare "
+            f"it with --tokenizer {settings.base}"
+        )
+    shapes = {n: leaf.shape for n, leaf in parameters(Model(files.config).empty).items()}
+    return files.config, {n: a.astype(np.float32) for n, a in files.tensors(shapes)}
+
+
+def run_train(settings: TrainSettings, cache_dir: Path) -> None:
     if settings.mesh.cpu_devices:
         divide_cpu(settings.mesh.cpu_devices)
     from .curves import draw
@@ -53,6 +77,7 @@ def run_train(settings: TrainSettings) -> None:
         TextColumn("{task.fields[said]}"),
         TimeRemainingColumn(),
     )
+    base = _base(settings, cache_dir) if settings.base else None
     began = time.perf_counter()
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=settings.steps, said="")
@@ -66,7 +91,7 @@ def run_train(settings: TrainSettings) -> None:
                     f"({point.valid_accuracy:.1%} right), {point.tokens_per_s:,.0f} tokens/s"
                 )
 
-        done = train(settings, report, console.print)
+        done = train(settings, report, console.print, base)
     picture = draw(Path(settings.out))
     shown = f"; curves in {picture}" if picture else ""
     console.print(

@@ -71,8 +71,12 @@ def clean(text: str) -> str:
     line. Spaces that begin a line stay: code is text, too."""
     text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
     lines = (_CONTROL.sub("", line) for line in text.split("\n"))
-    tidy = (line[: len(line) - len(line.lstrip())] + _SPACES.sub(" ", line.strip()) for line in lines)
-    return _BLANK.sub("\n\n", "\n".join(tidy)).strip()
+    return _BLANK.sub("\n\n", "\n".join(map(_tidy, lines))).strip("\n")
+
+
+def _tidy(line: str) -> str:
+    body = line.strip()
+    return line[: line.index(body[0])] + _SPACES.sub(" ", body) if body else ""
 
 
 def _cleaned(document: Document) -> Document:
@@ -86,7 +90,7 @@ def _cleaned(document: Document) -> Document:
 def _mark(document: Document) -> bytes:
     """The same of documents that differ in no more than case, spaces and punctuation."""
     said = document.text or json.dumps(document.messages, sort_keys=True)
-    plain = re.sub(r"\W+", " ", said.casefold()) + "\0" + document.label
+    plain = re.sub(r"\W+", " ", said.casefold()).strip() + "\0" + document.label
     return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 

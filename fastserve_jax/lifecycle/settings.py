@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.models.config import ModelConfig
 
+from .lora import Lora
 from .optimiser import Optimiser
 
 DTYPES = ("auto", "f32", "bf16")
@@ -73,6 +74,7 @@ class TrainSettings:
     patience: int = 0  # evaluations without a better one, after which it ends; 0: never
     shape: Shape = field(default_factory=Shape)
     optimiser: Optimiser = field(default_factory=Optimiser)
+    lora: Lora = field(default_factory=Lora)
     mesh: MeshShape = field(default_factory=MeshShape)
 
     def check(self) -> None:
@@ -85,5 +87,7 @@ class TrainSettings:
                 raise ConfigError(f"{name} is at least 1, not {getattr(self, name)}")
         if self.batch_rows % self.accumulate:
             raise ConfigError(f"{self.batch_rows} rows do not divide into {self.accumulate} parts")
+        if self.lora.rank and not self.base:
+            raise ConfigError("lora is trained beside a model: name its base")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is one of {', '.join(DTYPES)}, not {self.dtype}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +28,7 @@ DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 _BY_OUTPUT = ("qkv.weight", "gate_up.weight", "up.weight", "embed.weight", "head.weight")
 _BY_INPUT = ("attn.out.weight", "mlp.down.weight")
 
-type Loss = Callable[[Arrays, Arrays], tuple[jax.Array, tuple[jax.Array, jax.Array]]]
+type Loss = Callable[[Arrays, Arrays, Arrays], tuple[jax.Array, tuple[jax.Array, jax.Array]]]
 
 
 class Training(NamedTuple):
@@ -95,7 +94,7 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh, accumulate: int) -> dict[s
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """`loss` of trainable arrays and a batch; `frozen`, if any, are bound in it."""
+    """`loss` of the arrays that are trained, of those that are not, and of a batch."""
 
     loss: Loss
     optimiser: optax.GradientTransformation
@@ -105,15 +104,15 @@ class Steps:
         moments = jax.jit(self.optimiser.init)(params)
         return Training(jnp.int32(0), params, moments)
 
-    def compiled(self) -> Callable[[Training, dict[str, jax.Array]], tuple[Training, Told]]:
+    def compiled(self) -> Callable[[Training, Arrays, Arrays], tuple[Training, Told]]:
         return jax.jit(self._step, donate_argnums=0)
 
-    def _step(self, now: Training, batch: dict[str, jax.Array]) -> tuple[Training, Told]:
+    def _step(self, now: Training, frozen: Arrays, batch: Arrays) -> tuple[Training, Told]:
         """Gradients of the mean over all that counts, however it is split up."""
         gradient = jax.value_and_grad(self.loss, has_aux=True)
 
-        def add(total: Any, part: dict[str, jax.Array]) -> tuple[Any, None]:
-            (nats, (tokens, right)), slope = gradient(now.params, part)
+        def add(total: Any, part: Arrays) -> tuple[Any, None]:
+            (nats, (tokens, right)), slope = gradient(now.params, frozen, part)
             return jax.tree.map(jnp.add, total, (nats, tokens, right, slope)), None
 
         zero = jax.tree.map(jnp.zeros_like, now.params)
@@ -127,10 +126,10 @@ class Steps:
         return Training(now.step + 1, params, moments), told
 
 
-def evaluation(loss: Loss) -> Callable[[Arrays, Arrays], Told]:
-    @partial(jax.jit)
-    def run(params: Arrays, batch: Arrays) -> Told:
-        nats, (tokens, right) = loss(params, batch)
+def evaluation(loss: Loss) -> Callable[[Arrays, Arrays, Arrays], Told]:
+    @jax.jit
+    def run(params: Arrays, frozen: Arrays, batch: Arrays) -> Told:
+        nats, (tokens, right) = loss(params, frozen, batch)
         return Told(nats, tokens, right, jnp.float32(0))
 
     return run

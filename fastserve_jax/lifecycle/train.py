@@ -25,6 +25,7 @@ from fastserve_jax.weights.orbax import write_model
 from . import optimiser
 from .checkpoints import Checkpoints
 from .dataset import TOKENIZER, TRAIN, VALID, Dataset
+from .lora import adapters, merged
 from .losses import Model, text_loss
 from .settings import TrainSettings
 from .steps import Steps, Told, Training, evaluation, make_mesh, place, place_batch
@@ -62,33 +63,43 @@ def train(
     settings: TrainSettings,
     report: Report = lambda _: None,
     say: Callable[[str], None] = lambda _: None,
-    begin: Callable[[Dataset], tuple[ModelConfig, dict[str, Any] | None]] | None = None,
+    base: tuple[ModelConfig, dict[str, Any]] | None = None,
 ) -> Trained:
-    """`begin` gives what is trained and its arrays, if it is not to be begun from nothing. Raises
-    OperatorErrors: ConfigError, DataError, TrainingFailed."""
+    """`base` are a model and its arrays, to go on from. Raises OperatorErrors: ConfigError,
+    DataError, TrainingFailed."""
     settings.check()
     data, out = Dataset(Path(settings.data)), Path(settings.out)
     mesh = make_mesh(
         jax.devices(), settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor
     )
-    config, arrays = begin(data) if begin else (_new(settings, data), None)
-    model = Model(config, _dtype(settings), settings.remat)
+    if (out / MODEL).exists():
+        raise ConfigError(f"{out / MODEL} is there already: take another `out`, or delete it")
+    config = _new(settings, data) if base is None else base[0]
+    model, lora = Model(config, _dtype(settings), settings.remat), settings.lora
+    arrays = place(drawn(config, settings.seed) if base is None else base[1], mesh)
+    params, frozen = arrays, {}
+    if lora.rank:
+        params, frozen = place(adapters(arrays, lora, settings.seed), mesh), arrays
 
-    def loss(params: Any, batch: Any) -> Any:
-        return text_loss(model, params, batch)
+    def whole(params: Any, frozen: Any) -> dict[str, jax.Array]:
+        return merged(frozen, params, lora) if lora.rank else params
+
+    def loss(params: Any, frozen: Any, batch: Any) -> Any:
+        return text_loss(model, whole(params, frozen), batch)
 
     steps = Steps(loss, optimiser.make(settings.optimiser, settings.steps))
-    params = place(drawn(config, settings.seed) if arrays is None else arrays, mesh)
     now = steps.begin(params)
     out.mkdir(parents=True, exist_ok=True)
     with Checkpoints(out / CHECKPOINTS, settings.keep, say) as kept:
-        loop = _Loop(settings, data, mesh, steps, evaluation(loss), kept, out / CURVES, report)
+        loop = _Loop(
+            settings, data, mesh, steps, frozen, evaluation(loss), kept, out / CURVES, report
+        )
         done, best = loop.run(now, say)
     with Checkpoints(out / CHECKPOINTS, settings.keep, say) as kept:
         found = kept.best(done)
     assert found is not None, "the last step is kept"
     step, state, _ = found
-    _finish(out / MODEL, config, state["params"] if isinstance(state, dict) else state.params, data)
+    _finish(out / MODEL, config, whole(Training(*state).params, frozen), data)
     return Trained(int(done.step), step, best, out / MODEL)
 
 
@@ -125,7 +136,8 @@ class _Loop:
     data: Dataset
     mesh: Any
     steps: Steps
-    evaluate: Callable[[Any, Any], Told]
+    frozen: dict[str, jax.Array]
+    evaluate: Callable[[Any, Any, Any], Told]
     kept: Checkpoints
     curves: Path
     report: Report
@@ -146,7 +158,7 @@ class _Loop:
         sums, began = _Sums(), time.perf_counter()
         for number in range(first + 1, settings.steps + 1):
             batch = place_batch(next(batches), self.mesh, settings.accumulate)
-            now, told = step_of(now, batch)
+            now, told = step_of(now, self.frozen, batch)
             sums.add(told)
             is_last = number == settings.steps
             is_due = is_last or number % settings.evaluate_every == 0
@@ -179,7 +191,8 @@ class _Loop:
             short = -len(next(iter(batch.values()))) % devices
             padded = {n: _padded(a, short, n == "learned") for n, a in batch.items()}
             placed = place_batch(padded, self.mesh, 1)
-            sums.add(self.evaluate(now.params, {n: a[0] for n, a in placed.items()}))
+            first = {name: array[0] for name, array in placed.items()}
+            sums.add(self.evaluate(now.params, self.frozen, first))
         loss, accuracy = sums.means()
         return Point(**asdict(point) | {"valid_loss": loss, "valid_accuracy": accuracy})
 
@@ -236,8 +249,6 @@ def points(folder: Path) -> Iterator[Point]:
 
 
 def _finish(folder: Path, config: ModelConfig, params: Any, data: Dataset) -> None:
-    if folder.exists():
-        raise ConfigError(f"{folder} is there already: training had ended; take another `out`")
     copy_vocabulary(data.folder / TOKENIZER, folder.with_name(".tokenizer"))
     write_model(folder, config, {n: a.astype(jnp.bfloat16) for n, a in params.items()})
     for file in folder.with_name(".tokenizer").iterdir():

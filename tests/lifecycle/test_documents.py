@@ -1,0 +1,98 @@
+"""Documents: read from every kind of file, cleaned, each once, and refused where they are none."""
+
+import json
+import zipfile
+
+import pytest
+
+from fastserve_jax.errors import DataError
+from fastserve_jax.lifecycle.documents import Counts, Document, clean, documents
+
+
+def read(*paths):
+    counts = Counts()
+    return list(documents(paths, counts)), counts
+
+
+def test_text_is_apart_by_marks_or_blank_lines(tmp_path):
+    marked, plain = tmp_path / "a.txt", tmp_path / "b.txt"
+    marked.write_text("One.\n\nStill one.<|endoftext|>Two.<|endoftext|>")
+    plain.write_text("Three.\r\n\r\nFour,\nstill four.\n")
+    found, counts = read(marked, plain)
+    assert [d.text for d in found] == ["One.\n\nStill one.", "Two.", "Three.", "Four,\nstill four."]
+    assert (counts.read, counts.empty, counts.repeated, counts.kept) == (5, 1, 0, 4)
+
+
+def test_lines_and_tables(tmp_path):
+    lines, table = tmp_path / "a.jsonl", tmp_path / "b.csv"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    every = [{"text": "plain"}, {"messages": turns}, {"prompt": "p", "completion": "c"}]
+    every += [{"instruction": "Add", "input": "1 2", "output": "3"}]
+    lines.write_text("\n".join(map(json.dumps, every)) + "\n\n")
+    table.write_text('text,category\n"Where, pray?",place\n')
+    found, _ = read(lines, table)
+    assert found[0] == Document("plain")
+    assert found[1].messages == tuple(turns)
+    assert [m["content"] for m in found[2].messages] == ["p", "c"]
+    assert found[3].messages[0]["content"] == "Add\n\n1 2"
+    assert found[4] == Document("Where, pray?", label="place")
+
+
+def test_archives(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("one.txt", "in one")
+        archive.writestr("deep/two.jsonl", '{"text": "in two"}')
+        archive.writestr("picture.png", b"\x89PNG")
+    found, _ = read(tmp_path / "a.zip")
+    assert [d.text for d in found] == ["in two", "in one"]
+
+
+def test_what_differs_in_nothing_that_matters_is_there_once(tmp_path):
+    path = tmp_path / "a.jsonl"
+    texts = ["The cat sat.", "the  cat -- SAT", "The cat sat on it.", "The cat sat."]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    found, counts = read(path)
+    assert [d.text for d in found] == ["The cat sat.", "The cat sat on it."]
+    assert counts.repeated == 2
+
+
+def test_the_same_text_of_two_labels_is_two(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\nwell,good\nwell,bad\n")
+    assert len(read(path)[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("e\u0301", "\u00e9"),
+        ("a\x00b\x1bc", "abc"),
+        ("a  b\t\tc \nd", "a b c\nd"),
+        ("    indented  code", "    indented code"),
+        ("a\n\n\n\n\nb", "a\n\nb"),
+        ("a\r\nb\rc", "a\nb\nc"),
+        ("  \n ", ""),
+    ],
+)
+def test_cleaning(given, wanted):
+    assert clean(given) == wanted
+    assert clean(wanted) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"tex', "a.jsonl:2"),
+        ("a.jsonl", b'{"words": "x"}', "no field text, content, sentence or messages, but words"),
+        ("a.jsonl", b'{"messages": [1]}', "an object with role and content"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl:1"),
+        ("a.txt", b"\xff\xfe", "not UTF-8"),
+        ("a.zip", b"PK but no", "cannot read"),
+    ],
+)
+def test_what_cannot_be_read_says_where(tmp_path, name, data, reason):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=reason):
+        read(tmp_path / name)
+    with pytest.raises(DataError, match="nowhere"):
+        read(tmp_path / "nowhere.txt")
