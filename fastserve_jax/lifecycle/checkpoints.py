@@ -53,10 +53,10 @@ class Checkpoints:
         """Returns when the arrays are copied; they are written beside what follows. Raises
         TrainingFailed, for one that was being written, too."""
         assert math.isfinite(loss), "a model that is no more is not kept"
-        parts = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)
-        )
+        parts = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
         try:
+            if step in self._manager.all_steps():  # one that could not be read
+                self._manager.delete(step)
             self._manager.save(step, args=parts, metrics={"loss": loss}, force=True)
         except Exception as error:
             raise self._failed(error) from error

@@ -25,7 +25,6 @@ from .settings import TrainSettings
 from .vocabulary import copy_vocabulary
 
 
-
 def run_prepare(
     files: Sequence[Path], out: Path, wanted: Wanted, tokenizer: str, cache_dir: Path
 ) -> None:

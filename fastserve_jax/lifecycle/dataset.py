@@ -72,7 +72,9 @@ class Dataset:
             raise DataError(f"{self.folder / part}: {sorted(rows)} rows, not what {FACTS} says")
         return found
 
-    def batches(self, part: str, rows: int, seed: int | None, host: tuple[int, int] = (0, 1)) -> Any:
+    def batches(
+        self, part: str, rows: int, seed: int | None, host: tuple[int, int] = (0, 1)
+    ) -> Any:
         """Endless batches of so many rows in an order that `seed` gives, other in each round; a
         grain iterator, whose state says where it is. Of `host` (number, count) its own share. None
         goes through all once, in their order, the last batch smaller."""
@@ -107,4 +109,3 @@ class _Source:
 
     def __getitem__(self, row: Any) -> dict[str, NDArray[Any]]:
         return {name: np.asarray(array[row]) for name, array in self.arrays.items()}
-

@@ -123,7 +123,9 @@ def _zipped(path: Path) -> Iterator[Document]:
 def _plain(file: IO[str], where: str) -> Iterator[Document]:
     text = file.read(_MOST_CHARACTERS + 1)
     if len(text) > _MOST_CHARACTERS:
-        raise DataError(f"{where}: more than {_MOST_CHARACTERS:,} characters: split it, or use JSONL")
+        raise DataError(
+            f"{where}: more than {_MOST_CHARACTERS:,} characters: split it, or use JSONL"
+        )
     apart = text.split(END) if END in text else re.split(r"\n\s*\n", text)
     yield from (Document(one) for one in apart)
 
@@ -154,7 +156,9 @@ def _of_fields(found: Mapping[str, Any]) -> Document:
         return Document(messages=tuple(_message(one) for one in found["messages"]))
     for asked, answered in _PAIRS:
         if asked in found and answered in found:
-            said = f"{found[asked]}\n\n{found['input']}" if found.get("input") else str(found[asked])
+            said = (
+                f"{found[asked]}\n\n{found['input']}" if found.get("input") else str(found[asked])
+            )
             turns = (("user", said), ("assistant", str(found[answered])))
             return Document(messages=tuple({"role": r, "content": c} for r, c in turns))
     text = next((found[name] for name in _TEXT if name in found), None)

@@ -104,4 +104,3 @@ def end_token(tokenizer: Tokenizer) -> int:
     if not tokenizer.eos_ids:
         raise InvalidRequest("the tokenizer has no token that ends a text")
     return min(tokenizer.eos_ids)
-

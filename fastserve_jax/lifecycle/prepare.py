@@ -214,7 +214,9 @@ def _join(parts: Sequence[Path], name: str, folder: Path, kind: str) -> int:
 
 
 def _learned(folder: Path, part: str, kind: str) -> int:
-    array = np.load(folder / part / f"{ARRAYS[kind][2 if kind == 'text' else 1]}.npy", mmap_mode="r")
+    array = np.load(
+        folder / part / f"{ARRAYS[kind][2 if kind == 'text' else 1]}.npy", mmap_mode="r"
+    )
     return int(array.sum())
 
 
@@ -222,4 +224,3 @@ def _write(path: Path, data: bytes) -> None:
     unfinished = path.with_suffix(".tmp")
     unfinished.write_bytes(data)
     os.replace(unfinished, path)
-

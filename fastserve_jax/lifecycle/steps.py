@@ -119,7 +119,7 @@ class Steps:
         counts = jnp.int32(0), jnp.int32(0)
         (nats, tokens, right, slope), _ = jax.lax.scan(add, (0.0, *counts, zero), batch)
         slope = jax.tree.map(lambda x: x / jnp.maximum(tokens, 1), slope)
-        length = optax.global_norm(slope)
+        length = optax.tree.norm(slope)
         updates, moments = self.optimiser.update(slope, now.moments, now.params)
         params: Any = optax.apply_updates(now.params, updates)
         told = Told(nats, tokens, right, length)

@@ -149,8 +149,12 @@ def _afraid(chance: random.Random, hero: _Figure, friend: _Figure) -> tuple[str,
 def _built(chance: random.Random, hero: _Figure, friend: _Figure) -> tuple[str, ...]:
     made, of = chance.choice(
         (
-            ("a tower", "stones"), ("a tree house", "boards"), ("a bridge", "branches"),
-            ("a snowman", "snow"), ("a castle", "sand"), ("a raft", "logs"),
+            ("a tower", "stones"),
+            ("a tree house", "boards"),
+            ("a bridge", "branches"),
+            ("a snowman", "snow"),
+            ("a castle", "sand"),
+            ("a raft", "logs"),
         )
     )
     thing = made.split(" ", 1)[1]
@@ -187,7 +191,7 @@ def _guest(chance: random.Random, hero: _Figure, friend: _Figure) -> tuple[str, 
         f'my way, and it is so cold outside." {hero.name} did not think twice. "Come in!" {hero.he} '
         "said.",
         f"{hero.name} made a fire and brought {food}. {friend.name} ate and grew warm and told of far "
-        f"countries. When the rain was over, {friend.name} said, \"You opened your door for me, and I "
+        f'countries. When the rain was over, {friend.name} said, "You opened your door for me, and I '
         f'will not forget it." From that day on {friend.he} came every week, and each time '
         f"{friend.he} brought {hero.name} something beautiful.",
     )
@@ -205,12 +209,18 @@ def _end(chance: random.Random, hero: _Figure, friend: _Figure) -> str:
 
 
 def _help(chance: random.Random) -> str:
-    return chance.choice(("Do not worry, I will help you!", "Let us look together!", "I have good eyes!"))
+    return chance.choice(
+        ("Do not worry, I will help you!", "Let us look together!", "I have good eyes!")
+    )
 
 
 def _share(chance: random.Random) -> str:
-    return chance.choice(("Here, have half of it.", "Come and eat with me!", "There is enough for two."))
+    return chance.choice(
+        ("Here, have half of it.", "Come and eat with me!", "There is enough for two.")
+    )
 
 
 def _brave(chance: random.Random) -> str:
-    return chance.choice(("Everybody is afraid of something.", "I will stay with you.", "Take my hand."))
+    return chance.choice(
+        ("Everybody is afraid of something.", "I will stay with you.", "Take my hand.")
+    )

@@ -69,9 +69,7 @@ def train(
     DataError, TrainingFailed."""
     settings.check()
     data, out = Dataset(Path(settings.data)), Path(settings.out)
-    mesh = make_mesh(
-        jax.devices(), settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor
-    )
+    mesh = make_mesh(jax.devices(), settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     if (out / MODEL).exists():
         raise ConfigError(f"{out / MODEL} is there already: take another `out`, or delete it")
     config = _new(settings, data) if base is None else base[0]

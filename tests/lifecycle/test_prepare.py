@@ -100,14 +100,14 @@ def test_of_a_conversation_answers_are_learned(tmp_path):
 def test_labels(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("text,label\ngood day,yes\nbad day,no\n0123456789 abcdefghij,yes\n")
-    facts = prepare([path], tmp_path / "d", Wanted(8, "bpe:300", 0.0, "labels"))
+    facts = prepare([path], tmp_path / "d", Wanted(8, "bpe:257", 0.0, "labels"))
     arrays = Dataset(tmp_path / "d").arrays("train")
     assert facts.labels == ("no", "yes")
     assert arrays["labels"].tolist() == [1, 0, 1]
     assert arrays["lengths"].tolist()[2] == 8
     path.write_text("text\ngood day\n")
     with pytest.raises(DataError, match="every text needs a label"):
-        prepare([path], tmp_path / "e", Wanted(8, "bpe:300", 0.0, "labels"))
+        prepare([path], tmp_path / "e", Wanted(8, "bpe:257", 0.0, "labels"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,259 @@
+"""Training: what it learns, that it is the same however it is split up or interrupted, and what is
+left when something goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from fastserve_jax.errors import ConfigError, TrainingFailed
+from fastserve_jax.lifecycle import train as module
+from fastserve_jax.lifecycle.checkpoints import Checkpoints
+from fastserve_jax.lifecycle.steps import Steps
+from fastserve_jax.lifecycle.train import points, train
+from fastserve_jax.models.decoder import parameters
+from fastserve_jax.weights.load import open_folder
+from tests.lifecycle import runs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return runs.data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run to its end, which others are compared with."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, train(runs.settings(data, out))
+
+
+def arrays(folder):
+    files = open_folder(folder / "model", "model")
+    shapes = {n: a.shape for n, a in parameters(module.Model(files.config).empty).items()}
+    return {name: np.asarray(array, np.float32) for name, array in files.tensors(shapes)}
+
+
+def test_one_batch_is_learned_by_heart(data, tmp_path):
+    one = next(module.Dataset(data).batches("train", 8, 0))
+
+    class Endless:
+        def __next__(self):
+            return one
+
+        def get_state(self):
+            return {}
+
+    class Same(module.Dataset):
+        def batches(self, part, rows, seed, host=(0, 1)):
+            return Endless() if part == "train" else super().batches(part, rows, seed, host)
+
+    changes = {"steps": 150, "evaluate_every": 150, "optimiser.weight_decay": 0.0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "Dataset", Same)
+        train(runs.settings(data, tmp_path / "run", **changes))
+    last = list(points(tmp_path / "run"))[-1]
+    assert last.loss < 0.15
+    assert last.accuracy > 0.97
+
+
+def test_it_learns_and_what_is_kept_is_what_was_best(whole):
+    out, done = whole
+    curve = list(points(out))
+    assert [point.step for point in curve] == list(range(1, 13))
+    assert curve[-1].loss < 0.9 * curve[0].loss
+    measured = {p.step: p.valid_loss for p in curve if p.valid_loss is not None}
+    assert set(measured) == {4, 8, 12}
+    assert done.valid_loss == min(measured.values())
+    assert measured[done.best_step] == done.valid_loss
+    assert arrays(out)["embed.weight"].shape == (300, 32)
+
+
+@pytest.mark.parametrize("stop_at", [4, 7])
+def test_interrupted_it_goes_on_to_the_bit(data, whole, tmp_path, stop_at):
+    out = tmp_path / "cut"
+    real = Steps.compiled
+
+    class Stopped(Exception):
+        pass
+
+    def failing(self):
+        step_of, done = real(self), []
+
+        def step(*given):
+            done.append(0)
+            if len(done) > stop_at:
+                raise Stopped
+            return step_of(*given)
+
+        return step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Steps, "compiled", failing)
+        with pytest.raises(Stopped):
+            train(runs.settings(data, out))
+    said = []
+    train(runs.settings(data, out), say=said.append)
+    assert said == ["goes on after step 4"]
+    assert runs.losses(out) == runs.losses(whole[0])
+    found, wanted = arrays(out), arrays(whole[0])
+    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+
+
+def in_process(folder, **changes):
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.lifecycle.runs", str(folder), json.dumps(changes)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+MESHES = {
+    "data": {"mesh.data": 4},
+    "fsdp": {"mesh.fsdp": 4},
+    "tensor": {"mesh.tensor": 4},
+    "data and tensor, in two parts": {"mesh.data": 2, "mesh.tensor": 2, "accumulate": 2},
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_four_devices_do_as_one(data, whole, tmp_path, mesh):
+    out = tmp_path / "run"
+    with in_process(data, out=str(out), **mesh, **{"mesh.cpu_devices": 4}) as process:
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-2000:]
+    np.testing.assert_allclose(runs.losses(out), runs.losses(whole[0]), rtol=1e-5)
+
+
+def test_in_bf16_it_learns_as_well(data, tmp_path):
+    last = {}
+    for dtype in ("f32", "bf16"):
+        changes = {"steps": 200, "evaluate_every": 200, "dtype": dtype, "log_every": 50}
+        changes |= {"optimiser.learning_rate": 3e-3}
+        train(runs.settings(data, tmp_path / dtype, **changes))
+        last[dtype] = runs.losses(tmp_path / dtype)[-1]
+    assert last["bf16"] == pytest.approx(last["f32"], rel=0.01)
+    assert last["f32"] < 4.5
+
+
+def test_recomputed_layers_change_nothing(data, whole, tmp_path):
+    train(runs.settings(data, tmp_path / "run", remat=True))
+    np.testing.assert_allclose(runs.losses(tmp_path / "run"), runs.losses(whole[0]), rtol=1e-5)
+
+
+def test_a_model_goes_on_from_another(data, whole, tmp_path):
+    config = open_folder(whole[0] / "model", "m").config
+    base = config, arrays(whole[0])
+    train(runs.settings(data, tmp_path / "full", base="it"), base=base)
+    assert runs.losses(tmp_path / "full")[0] < runs.losses(whole[0])[-2]
+    lora = {"lora.rank": 2, "base": "it"}
+    train(runs.settings(data, tmp_path / "lora", **lora), base=base)
+    first, *_, last = runs.losses(tmp_path / "lora")
+    assert first == pytest.approx(runs.losses(tmp_path / "full")[0], rel=1e-5), "B is nothing yet"
+    assert last < first
+    found = arrays(tmp_path / "lora")
+    changed = {name for name in found if not np.array_equal(found[name], _as_kept(base[1][name]))}
+    layers = {f"layers.{i}.{part}.weight" for i in (0, 1) for part in ("attn.qkv", "attn.out")}
+    assert changed == layers | {f"layers.{i}.mlp.{m}.weight" for i in (0, 1) for m in MLP}
+
+
+MLP = ("gate_up", "down")
+
+
+def _as_kept(array):
+    return np.asarray(jax.numpy.asarray(array).astype("bfloat16"), np.float32)
+
+
+def test_it_ends_early_where_nothing_gets_better(data, tmp_path):
+    changes = {"patience": 2, "evaluate_every": 1, "optimiser.learning_rate": 1e-12, "steps": 50}
+    said = []
+    done = train(runs.settings(data, tmp_path / "run", **changes), say=said.append)
+    assert done.steps < 50
+    assert said[-1].startswith("ends early")
+
+
+def test_a_loss_that_is_no_number_ends_it_and_what_was_good_is_kept(data, tmp_path):
+    out = tmp_path / "run"
+    train_some = runs.settings(data, out, steps=4)
+    train(train_some)
+    (out / "model").rename(out / "kept")
+    changes = {"steps": 12, "optimiser.learning_rate": 1e30}
+    with pytest.raises(TrainingFailed, match="take a smaller learning rate than 1e[+]30"):
+        train(runs.settings(data, out, **changes))
+    assert not (out / "model").exists()
+    with Checkpoints(out / "checkpoints", 2) as kept:
+        assert kept._manager.all_steps() == [4]
+
+
+def test_a_damaged_checkpoint_is_passed_over(data, tmp_path):
+    out, said = tmp_path / "run", []
+    train(runs.settings(data, out))
+    (out / "model").rename(out / "kept")
+    newest = max((out / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    damaged = [path for path in newest.rglob("*") if path.is_file() and path.stat().st_size > 2000]
+    assert damaged
+    for path in damaged:
+        os.truncate(path, 100)
+    train(runs.settings(data, out), say=said.append)
+    assert "passed over" in said[0]
+    assert said[1] == "goes on after step 8"
+    assert (out / "model").exists()
+
+
+def test_a_killed_trainer_goes_on(data, whole, tmp_path):
+    out = tmp_path / "run"
+    slow = {"steps": 12, "out": str(out)}
+    process = in_process(data, **slow)
+    until = time.monotonic() + 120
+    while not (out / "checkpoints" / "4").exists():
+        assert time.monotonic() < until
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    if (out / "model").exists():
+        pytest.fail("it was killed too late to say anything")
+    train(runs.settings(data, out))
+    assert runs.losses(out) == runs.losses(whole[0])
+
+
+def test_a_full_disk_is_said_and_what_was_good_is_kept(data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    train(runs.settings(data, out, steps=4))
+    (out / "model").rename(out / "kept")
+    with Checkpoints(out / "checkpoints", 2) as kept:
+
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(kept._manager, "save", full)
+        with pytest.raises(TrainingFailed, match="No space left on device; the last good one"):
+            kept.save(8, {}, {}, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"data": ""}, "data is missing"),
+        ({"steps": 0}, "steps is at least 1"),
+        ({"accumulate": 3}, "8 rows do not divide into 3 parts"),
+        ({"dtype": "f16"}, "dtype is one of auto, f32, bf16"),
+        ({"lora.rank": 2}, "name its base"),
+        ({"shape.num_heads": 3}, "do not divide among 3 heads"),
+        ({"mesh.fsdp": 3}, "does not make"),
+        ({"optimiser.schedule": "stairs"}, "no schedule stairs: there are cosine"),
+        ({"optimiser.learning_rate": 0.0}, "teaches nothing"),
+        ({"shape.depth": 3}, "no setting shape.depth"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(data, tmp_path, changes, reason):
+    with pytest.raises(ConfigError, match=reason):
+        train(runs.settings(data, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
