@@ -343,8 +343,8 @@ def prepare_data(
 ) -> None:
     """Clean FILES, leave out what is there twice, turn it into tokens and pack these into rows.
 
-    Text (documents apart by a blank line or <|endoftext|>), JSON lines, CSV, or a .zip of them. What
-    was interrupted goes on where it stood.
+    Text (documents apart by a blank line or <|endoftext|>), JSON lines, CSV, or a .zip of them.
+    What was interrupted goes on where it stood.
 
     Parameters
     ----------

@@ -29,6 +29,7 @@ FLOORS = {
     "group": 4,
     "fitting": 6,
     "planning": 7,
+    "lifecycle": 7,
     "config": 6,
     "terminal": 6,
     "assemble": 6,

@@ -56,6 +56,7 @@ def merged(arrays: Arrays, trained: Arrays, lora: Lora) -> dict[str, jax.Array]:
     def one(name: str, array: jax.Array) -> jax.Array:
         if f"{name}.a" not in trained:
             return array
-        return array + lora.scale * (trained[f"{name}.b"] @ trained[f"{name}.a"])
+        change: jax.Array = trained[f"{name}.b"] @ trained[f"{name}.a"]
+        return array + lora.scale * change
 
     return {name: one(name, array) for name, array in arrays.items()}

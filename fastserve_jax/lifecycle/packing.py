@@ -39,7 +39,7 @@ class Rows(NamedTuple):
 
 @dataclass(slots=True)
 class Packer:
-    """Text goes on in the next row where a row ends; a conversation that does not fit begins one."""
+    """Text goes on in the next row where one ends; a conversation that does not fit begins one."""
 
     context: int
     _rows: list[list[Piece]] = field(default_factory=list)

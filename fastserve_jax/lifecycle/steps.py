@@ -117,7 +117,7 @@ class Steps:
 
         zero = jax.tree.map(jnp.zeros_like, now.params)
         counts = jnp.int32(0), jnp.int32(0)
-        (nats, tokens, right, slope), _ = jax.lax.scan(add, (0.0, *counts, zero), batch)
+        (nats, tokens, right, slope), _ = jax.lax.scan(add, (jnp.float32(0), *counts, zero), batch)
         slope = jax.tree.map(lambda x: x / jnp.maximum(tokens, 1), slope)
         length = optax.tree.norm(slope)
         updates, moments = self.optimiser.update(slope, now.moments, now.params)

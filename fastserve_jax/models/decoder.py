@@ -115,12 +115,13 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         config, dim = self.config, self.config.head_dim
         scale = dim**-0.5 if config.attention_scale is None else config.attention_scale
+        rows = () if batch is None else tuple(map(jnp.asarray, batch[1:]))
         if kv_pages is not None and cpu.runs() and cpu.fits(dim, kv_pages.dtype):
             norms = (self.q_norm, self.k_norm) if config.qk_norm else (None, None)
             return cpu.paged_attention(
                 heads,
                 kv_pages,
-                *map(jnp.asarray, batch[1:]),
+                *rows,
                 scale=scale,
                 window=self.window,
                 turn=turn,
@@ -139,7 +140,6 @@ class Attention(nnx.Module):
             mixed = attend(q, k.astype(self.dtype), v.astype(self.dtype), at, scale, self.window)
             return mixed.reshape(len(heads), -1), None
         kv_pages = write_kv(kv_pages, k, v, at.pages, at.offsets)
-        rows = map(jnp.asarray, batch[1:])
         mixed = ragged_paged_attention(q, kv_pages, *rows, scale=scale, window=self.window)
         return mixed.reshape(len(heads), -1), kv_pages
 
@@ -281,7 +281,9 @@ def _run(
     at: Place,
     turn: Rotation | None,
 ) -> tuple[jax.Array, jax.Array]:
-    return nnx.merge(graph, state)(x, kv_pages, batch, at, turn)
+    x, written = nnx.merge(graph, state)(x, kv_pages, batch, at, turn)
+    assert written is not None, "pages came in"
+    return x, written
 
 
 # Layers of one kind are traced and lowered once, not once each: start-up counts.

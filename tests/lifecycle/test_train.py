@@ -185,7 +185,7 @@ def test_a_loss_that_is_no_number_ends_it_and_what_was_good_is_kept(data, tmp_pa
     train(train_some)
     (out / "model").rename(out / "kept")
     changes = {"steps": 12, "optimiser.learning_rate": 1e30}
-    with pytest.raises(TrainingFailed, match="take a smaller learning rate than 1e[+]30"):
+    with pytest.raises(TrainingFailed, match=r"take a smaller learning rate than 1e\+30"):
         train(runs.settings(data, out, **changes))
     assert not (out / "model").exists()
     with Checkpoints(out / "checkpoints", 2) as kept:
