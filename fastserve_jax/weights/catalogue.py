@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
+from platformdirs import user_cache_path
 
 from fastserve_jax.errors import ConfigError
 
@@ -42,6 +44,12 @@ class CatalogueModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sampling: dict[str, float] = {}  # where a request leaves these fields out
     chat_template: str = ""  # instead of the file's own, where that serves people badly
     int8_perplexity: float | None = None  # / bf16's on wikitext-2, where bench/perplexity.py said
+
+
+def cache_folder() -> Path:
+    """Where models and compiled programs are kept; FASTSERVE_CACHE overrides the system's place."""
+    chosen = os.environ.get("FASTSERVE_CACHE")
+    return Path(chosen) if chosen else user_cache_path("fastserve")
 
 
 def read_catalogue() -> Mapping[str, CatalogueModel]:

@@ -1,0 +1,79 @@
+"""The commands of a model's life: what they are called, and what a person may say to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from fastserve_jax.weights.catalogue import cache_folder
+
+Set = Annotated[
+    list[str] | None,
+    Parameter(name="--set", negative=(), help="A setting, as section.name=value; may be repeated."),
+]
+
+data = App(name="data", help="Text to train on.")
+
+
+@data.command(name="prepare")
+def prepare_data(
+    *files: Path,
+    out: Path,
+    vocabulary: str = "",
+    tokenizer: str = "",
+    context: int = 512,
+    holdout: float = 0.01,
+    labels: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Clean FILES, leave out what is there twice, turn it into tokens and pack these into rows.
+
+    Text (documents apart by a blank line or <|endoftext|>), JSON lines, CSV, or a .zip of them.
+    What was interrupted goes on where it stood.
+
+    Parameters
+    ----------
+    out
+        The folder to make.
+    vocabulary
+        What to train: bpe:4096 or sentencepiece:4096.
+    tokenizer
+        A model, whose vocabulary to take instead.
+    context
+        Tokens in a row.
+    holdout
+        Share of the documents that is kept to measure with.
+    labels
+        Each text has a label (a column label, category, class or intent), which is to be learned.
+    """
+    from fastserve_jax.lifecycle.commands import run_prepare
+    from fastserve_jax.lifecycle.prepare import Wanted
+
+    wanted = Wanted(context, vocabulary, holdout, "labels" if labels else "text")
+    run_prepare(files, out, wanted, tokenizer, cache_folder())
+
+
+@data.command(name="stories")
+def write_stories(out: Path, /, *, count: int = 20_000, first: int = 0) -> None:
+    """Write COUNT little stories, made by rule, to OUT: text to try training on."""
+    from fastserve_jax.lifecycle.documents import END
+    from fastserve_jax.lifecycle.stories import stories
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(END.join(stories(count, first)), encoding="utf-8")
+
+
+def train(
+    *,
+    config: Annotated[Path | None, Parameter(help="A TOML file (see configs/train/).")] = None,
+    set_: Set = None,
+) -> None:
+    """Train a model as the file says (see configs/train/), or go on where that was interrupted."""
+    from fastserve_jax.config import read_settings
+    from fastserve_jax.lifecycle.settings import TrainSettings
+
+    settings = read_settings(TrainSettings, config, set_ or [])
+    from fastserve_jax.lifecycle.commands import run_train
+
+    run_train(settings, cache_folder())
