@@ -17,7 +17,7 @@ from cyclopts import App, Parameter
 
 from fastserve_jax.errors import FastServeError, GroupLost, OperatorError
 from fastserve_jax.group.membership import HostFlags, membership
-from fastserve_jax.lifecycle.cli import Set, data, train
+from fastserve_jax.lifecycle.cli import Set, data, models, train
 from fastserve_jax.simulation.options import Study
 from fastserve_jax.weights.catalogue import DEFAULT_MODEL, cache_folder
 
@@ -34,6 +34,7 @@ app = App(
 )
 
 app.command(data)
+app.command(models)
 app.command(train)
 
 Config = Annotated[Path | None, Parameter(help="A TOML file of settings (see configs/serve/).")]
@@ -230,24 +231,6 @@ def pull(model: str = DEFAULT_MODEL, /) -> None:
         files = open_model(model, cache_folder(), bars.pull)
         bars.opened(files)
     print(files.path)
-
-
-@app.command
-def models() -> None:
-    """List the catalogue, and what is here already."""
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    from fastserve_jax.weights.catalogue import read_catalogue
-    from fastserve_jax.weights.pull import model_file
-
-    name = Column("model", no_wrap=True)
-    table = Table(name, "size", "licence", "here", "what it is", box=None, pad_edge=False)
-    for model, entry in sorted(read_catalogue().items()):
-        here = "yes" if model_file(entry, cache_folder()).exists() else "no"
-        size = f"{entry.size_bytes / 1e6:,.0f} MB"
-        table.add_row(model, size, entry.licence, here, entry.description)
-    Console().print(table)
 
 
 @app.command

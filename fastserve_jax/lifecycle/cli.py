@@ -77,3 +77,40 @@ def train(
     from fastserve_jax.lifecycle.commands import run_train
 
     run_train(settings, cache_folder())
+
+
+models = App(name="models", help="What can be served: the catalogue, and versions of our own.")
+
+
+@models.default
+def list_models() -> None:
+    """List the catalogue, what of it is here already, and what is registered."""
+    from fastserve_jax.lifecycle.shown import show_models
+
+    show_models(cache_folder())
+
+
+@models.command
+def show(model: str, /) -> None:
+    """Say what MODEL (NAME or NAME@VERSION) was made of, how, and how good it is."""
+    from fastserve_jax.lifecycle.shown import show_version
+
+    show_version(model, cache_folder())
+
+
+@models.command
+def promote(model: str, /) -> None:
+    """Let NAME mean MODEL (NAME@VERSION) from now on."""
+    from fastserve_jax.weights.registry import REGISTRY, Registry
+
+    version = Registry(cache_folder() / REGISTRY).promote(model)
+    print(f"{version.name} is {version}")
+
+
+@models.command
+def rollback(name: str, /) -> None:
+    """Let NAME mean the version before its current one."""
+    from fastserve_jax.weights.registry import REGISTRY, Registry
+
+    version = Registry(cache_folder() / REGISTRY).rollback(name)
+    print(f"{version.name} is {version}")

@@ -6,8 +6,9 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -18,11 +19,15 @@ from fastserve_jax.runtime.hosts import divide_cpu
 from fastserve_jax.terminal import Bars, console
 from fastserve_jax.text.load import load_tokenizer
 from fastserve_jax.weights.load import open_model
+from fastserve_jax.weights.registry import REGISTRY, Registry, Version
 
 from .dataset import TOKENIZER, Dataset
 from .prepare import Wanted, prepare
 from .settings import TrainSettings
 from .vocabulary import copy_vocabulary
+
+if TYPE_CHECKING:
+    from .train import Trained
 
 
 def run_prepare(
@@ -63,6 +68,18 @@ def _base(settings: TrainSettings, cache_dir: Path) -> tuple[ModelConfig, dict[s
     return files.config, {n: a.astype(np.float32) for n, a in files.tensors(shapes)}
 
 
+def _register(settings: TrainSettings, done: Trained, cache_dir: Path) -> Version:
+    return Registry(cache_dir / REGISTRY).add(
+        settings.name,
+        done.folder,
+        "train",
+        parent=settings.base,
+        data=Dataset(Path(settings.data)).facts.fingerprint,
+        settings=msgspec.to_builtins(settings),
+        metrics={"valid_loss": done.valid_loss, "steps": done.best_step},
+    )
+
+
 def run_train(settings: TrainSettings, cache_dir: Path) -> None:
     if settings.mesh.cpu_devices:
         divide_cpu(settings.mesh.cpu_devices)
@@ -93,9 +110,12 @@ def run_train(settings: TrainSettings, cache_dir: Path) -> None:
         done = train(settings, report, console.print, base)
     picture = draw(Path(settings.out))
     shown = f"; curves in {picture}" if picture else ""
+    model = str(done.folder)
+    if settings.name:
+        model = str(_register(settings, done, cache_dir))
     console.print(
         f"{done.steps} steps in {time.perf_counter() - began:,.0f} s; the best is of step "
         f"{done.best_step}, held out {done.valid_loss:.3f}{shown}\n"
-        f"  fastserve serve {shlex.quote(str(done.folder))}",
+        f"  fastserve serve {shlex.quote(model)}",
         soft_wrap=True,
     )

@@ -27,7 +27,7 @@ from fastserve_jax.text.tokenizer import Tokenizer
 from .dataset import ARRAYS, FACTS, TOKENIZER, TRAIN, VALID, Facts
 from .documents import Counts, Document, documents
 from .packing import Packer, end_token, piece_of
-from .vocabulary import train_vocabulary, vocabulary_of
+from .vocabulary import train_vocabulary
 
 _PARTS = ".parts"
 _PART_DOCUMENTS = 2000
@@ -71,7 +71,7 @@ def prepare(
     parts.mkdir(parents=True, exist_ok=True)
     if not (folder / TOKENIZER).is_dir():
         _train(files, folder, wanted, progress)
-    tokenizer = load_tokenizer(vocabulary_of(folder / TOKENIZER))
+    tokenizer = load_tokenizer(folder / TOKENIZER)
     counts, labels = Counts(), _labels(files) if wanted.kind == "labels" else ()
     maker = _Maker(wanted, tokenizer, ChatTemplate(tokenizer), end_token(tokenizer), labels)
     several = batched(documents(files, counts), _PART_DOCUMENTS)

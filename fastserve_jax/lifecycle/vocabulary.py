@@ -14,9 +14,9 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fastserve_jax.errors import ConfigError, ModelFileError
+from fastserve_jax.text.load import VOCABULARY
 
 KINDS = ("bpe", "sentencepiece")
-VOCABULARY = "vocabulary.msgpack"  # the tokenizer.* metadata of a GGUF
 _FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -90,17 +90,6 @@ def copy_vocabulary(source: Path | Mapping[str, object], folder: Path) -> None:
         raise ModelFileError(f"{source}: no tokenizer is there")
     for name in found:
         shutil.copyfile(source / name, folder / name)
-
-
-def vocabulary_of(folder: Path) -> Path | Mapping[str, object]:
-    """What `load_tokenizer` takes."""
-    path = folder / VOCABULARY
-    if not path.is_file():
-        return folder
-    try:
-        return msgspec.msgpack.decode(path.read_bytes(), type=dict[str, object])
-    except (OSError, msgspec.DecodeError) as error:
-        raise ModelFileError(f"{path}: cannot read: {error}") from error
 
 
 def _plain(value: object) -> object:

@@ -5,13 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
+
+from fastserve_jax.errors import ModelFileError
 from fastserve_jax.text.folder_vocabulary import tokenizer_from_folder
 from fastserve_jax.text.gguf_vocabulary import tokenizer_from_gguf
 from fastserve_jax.text.tokenizer import Tokenizer
 
+VOCABULARY = "vocabulary.msgpack"  # the tokenizer.* metadata of a GGUF, in a folder of our own
+
 
 def load_tokenizer(source: Path | Mapping[str, object]) -> Tokenizer:
-    """From a Hugging Face folder, or the tokenizer.* metadata of a GGUF. Raises ModelFileError."""
+    """From a folder of Hugging Face's or of our own, or the tokenizer.* metadata of a GGUF. Raises
+    ModelFileError."""
+    if isinstance(source, Path) and (source / VOCABULARY).is_file():
+        return tokenizer_from_gguf(_metadata(source / VOCABULARY))
     if isinstance(source, Path):
         return tokenizer_from_folder(source)
     return tokenizer_from_gguf(source)
+
+
+def _metadata(path: Path) -> Mapping[str, object]:
+    try:
+        return msgspec.msgpack.decode(path.read_bytes(), type=dict[str, object])
+    except (OSError, msgspec.DecodeError) as error:
+        raise ModelFileError(f"{path}: cannot read: {error}") from error

@@ -29,6 +29,7 @@ from fastserve_jax.weights.huggingface_config import read_config_file, read_samp
 from fastserve_jax.weights.names import Names
 from fastserve_jax.weights.orbax import Checkpoint, is_checkpoint, read_model_config
 from fastserve_jax.weights.pull import Progress, fetch, silent
+from fastserve_jax.weights.registry import REGISTRY, Registry
 
 _AHEAD = 1  # parameters made ready while one is in use, by a thread
 
@@ -222,7 +223,8 @@ def _counted(names: list[str], noun: str) -> str:
 
 
 def open_model(reference: str, cache_dir: Path, progress: Progress = silent) -> ModelFiles:
-    """Opens a model by catalogue name, `.gguf` file, Hugging Face folder or `hf:org/name`.
+    """Opens a model by catalogue name, registered name (`stories@2`), `.gguf` file, folder of
+    Hugging Face's or our own, or `hf:org/name`.
 
     A name of the catalogue is pulled into `cache_dir` unless it is there; `progress` hears of it.
     Raises ModelFileError for what cannot be found or read, PullFailed for a download.
@@ -241,6 +243,9 @@ def open_model(reference: str, cache_dir: Path, progress: Progress = silent) -> 
             int8_perplexity=entry.int8_perplexity,
             tokenizer_source={**model.tokenizer_source, **template},
         )
+    registry = Registry(cache_dir / REGISTRY)
+    if (version := registry.find(reference)) is not None:
+        return open_folder(registry.path(version), str(version))
     if reference.startswith("hf:"):
         name = reference.removeprefix("hf:")
         return open_folder(fetch_snapshot(name), name)

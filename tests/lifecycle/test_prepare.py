@@ -10,7 +10,6 @@ from fastserve_jax.lifecycle import prepare as module
 from fastserve_jax.lifecycle.dataset import Dataset
 from fastserve_jax.lifecycle.prepare import Wanted, prepare
 from fastserve_jax.lifecycle.stories import stories, story
-from fastserve_jax.lifecycle.vocabulary import vocabulary_of
 from fastserve_jax.text.load import load_tokenizer
 
 
@@ -46,7 +45,7 @@ def read_back(dataset, part):
 def test_every_story_is_read_back(text, tmp_path, vocabulary):
     facts = made(text, tmp_path / "d", vocabulary=vocabulary)
     dataset = Dataset(tmp_path / "d")
-    tokenizer = load_tokenizer(vocabulary_of(tmp_path / "d" / "tokenizer"))
+    tokenizer = load_tokenizer(tmp_path / "d" / "tokenizer")
     assert tokenizer.vocab_size == facts.vocab_size == 400
     train, valid = (read_back(dataset, part) for part in ("train", "valid"))
     assert 1 < len(valid) < 20
