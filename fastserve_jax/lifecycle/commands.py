@@ -6,19 +6,13 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastserve_jax.errors import ConfigError
-from fastserve_jax.models.config import ModelConfig
-from fastserve_jax.models.decoder import parameters
 from fastserve_jax.runtime.hosts import divide_cpu
-from fastserve_jax.terminal import Bars, console
-from fastserve_jax.text.load import load_tokenizer
-from fastserve_jax.weights.load import open_model
+from fastserve_jax.terminal import console
 from fastserve_jax.weights.registry import REGISTRY, Registry, Version
 
 from .dataset import TOKENIZER, Dataset
@@ -33,11 +27,11 @@ if TYPE_CHECKING:
 def run_prepare(
     files: Sequence[Path], out: Path, wanted: Wanted, tokenizer: str, cache_dir: Path
 ) -> None:
+    from .base import tokenizer_of
+
     began = time.perf_counter()
     if tokenizer and not (out / TOKENIZER).is_dir():
-        with Bars() as bars:
-            model = open_model(tokenizer, cache_dir, bars.pull)
-        copy_vocabulary(model.tokenizer_source, out / TOKENIZER)
+        copy_vocabulary(tokenizer_of(tokenizer, cache_dir), out / TOKENIZER)
     with console.status("reading") as status:
         facts = prepare(
             files, out, wanted, lambda stage, done: status.update(f"{stage}: {done:,} documents")
@@ -48,24 +42,6 @@ def run_prepare(
         f"{facts.train_rows:,} rows of {facts.context} and {facts.valid_rows:,} to measure with; "
         f"{time.perf_counter() - began:.0f} s"
     )
-
-
-def _base(settings: TrainSettings, cache_dir: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model that training goes on from. Raises ConfigError where the data is of another
-    vocabulary."""
-    from .losses import Model
-
-    with Bars() as bars:
-        files = open_model(settings.base, cache_dir, bars.pull)
-        bars.opened(files)
-    known, own = Dataset(Path(settings.data)).facts.vocab_size, files.config.vocab_size
-    if load_tokenizer(files.tokenizer_source).vocab_size != known:
-        raise ConfigError(
-            f"{settings.data} has a vocabulary of {known}, {settings.base} one of {own}: prepare "
-            f"it with --tokenizer {settings.base}"
-        )
-    shapes = {n: leaf.shape for n, leaf in parameters(Model(files.config).empty).items()}
-    return files.config, {n: a.astype(np.float32) for n, a in files.tensors(shapes)}
 
 
 def _register(settings: TrainSettings, done: Trained, cache_dir: Path) -> Version:
@@ -83,6 +59,7 @@ def _register(settings: TrainSettings, done: Trained, cache_dir: Path) -> Versio
 def run_train(settings: TrainSettings, cache_dir: Path) -> None:
     if settings.mesh.cpu_devices:
         divide_cpu(settings.mesh.cpu_devices)
+    from .base import open_base
     from .curves import draw
     from .train import Point, train
 
@@ -93,7 +70,7 @@ def run_train(settings: TrainSettings, cache_dir: Path) -> None:
         TextColumn("{task.fields[said]}"),
         TimeRemainingColumn(),
     )
-    base = _base(settings, cache_dir) if settings.base else None
+    base = open_base(settings, cache_dir) if settings.base else None
     began = time.perf_counter()
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=settings.steps, said="")

@@ -16,10 +16,12 @@ from flax import nnx
 
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import Decoder, State, abstract, fill
+from fastserve_jax.models.encoder import EncoderConfig, abstract_encoder
 from fastserve_jax.models.precision import Precision
 from fastserve_jax.models.whole import logits_of
 
 type Arrays = Mapping[str, jax.Array]
+type Loss = tuple[jax.Array, tuple[jax.Array, jax.Array]]  # nats, (how many count, and are right)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +55,36 @@ class Model:
         made: jax.Array = jax.vmap(one)(tokens, segments)
         return made
 
-
-def text_loss(
-    model: Model, arrays: Arrays, batch: Arrays
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """-> nats, (tokens, of them the ones expected most); each token from those before it of its
-    document, padding and what is only read left out."""
-    tokens, segments = batch["tokens"].astype(jnp.int32), batch["segments"].astype(jnp.int32)
-    logits = model.logits(arrays, tokens, segments)[:, :-1]
-    target = tokens[:, 1:]
-    counts = batch["learned"][:, 1:] & (segments[:, 1:] == segments[:, :-1])
-    return _cross_entropy(logits, target, counts)
+    def loss(self, arrays: Arrays, batch: Arrays) -> Loss:
+        """Of each token from those before it of its document, padding and what is only read left
+        out."""
+        tokens, segments = batch["tokens"].astype(jnp.int32), batch["segments"].astype(jnp.int32)
+        logits = self.logits(arrays, tokens, segments)[:, :-1]
+        counts = batch["learned"][:, 1:] & (segments[:, 1:] == segments[:, :-1])
+        return _cross_entropy(logits, tokens[:, 1:], counts)
 
 
-def _cross_entropy(
-    logits: jax.Array, target: jax.Array, counts: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """An encoder that says which label a text has."""
+
+    config: EncoderConfig
+    dtype: Any = jnp.float32
+
+    def loss(self, arrays: Arrays, batch: Arrays) -> Loss:
+        lengths = batch["lengths"]
+        return _cross_entropy(self.logits(arrays, batch), batch["labels"], lengths > 0)
+
+    def logits(self, arrays: Arrays, batch: Arrays) -> jax.Array:
+        """[texts, labels] float32."""
+        graph, _ = abstract_encoder(self.config, self.dtype)
+        _, empty = abstract_encoder(self.config, jnp.float32)
+        state = fill(empty, {name: array.astype(self.dtype) for name, array in arrays.items()})
+        tokens = batch["tokens"].astype(jnp.int32)
+        return nnx.merge(graph, state).logits(tokens, batch["lengths"])
+
+
+def _cross_entropy(logits: jax.Array, target: jax.Array, counts: jax.Array) -> Loss:
     chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
     nats = jax.nn.logsumexp(logits, axis=-1) - chosen
     right = (jnp.argmax(logits, axis=-1) == target) & counts

@@ -23,6 +23,7 @@ from fastserve_jax.errors import ConfigError, DataError, InvalidRequest
 from fastserve_jax.text.chat import ChatTemplate
 from fastserve_jax.text.load import load_tokenizer
 from fastserve_jax.text.tokenizer import Tokenizer
+from fastserve_jax.text.wordpiece import WordPiece, is_wordpiece, load_wordpiece
 
 from .dataset import ARRAYS, FACTS, TOKENIZER, TRAIN, VALID, Facts
 from .documents import Counts, Document, documents
@@ -71,9 +72,8 @@ def prepare(
     parts.mkdir(parents=True, exist_ok=True)
     if not (folder / TOKENIZER).is_dir():
         _train(files, folder, wanted, progress)
-    tokenizer = load_tokenizer(folder / TOKENIZER)
     counts, labels = Counts(), _labels(files) if wanted.kind == "labels" else ()
-    maker = _Maker(wanted, tokenizer, ChatTemplate(tokenizer), end_token(tokenizer), labels)
+    maker = _maker(wanted, folder / TOKENIZER, labels)
     several = batched(documents(files, counts), _PART_DOCUMENTS)
     names = [_part(parts, number, some, maker) for number, some in _told(several, progress)]
     rows = {part: _join(names, part, folder, wanted.kind) for part in (TRAIN, VALID)}
@@ -82,7 +82,7 @@ def prepare(
     facts = Facts(
         kind=wanted.kind,
         context=wanted.context,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=maker.tokenizer.vocab_size,
         end=maker.end,
         train_rows=rows[TRAIN],
         valid_rows=rows[VALID],
@@ -145,11 +145,18 @@ def _told(
         progress("tokens", done)
 
 
+def _maker(wanted: Wanted, folder: Path, labels: tuple[str, ...]) -> _Maker:
+    if labels and is_wordpiece(folder):
+        return _Maker(wanted, load_wordpiece(folder), None, 0, labels)
+    tokenizer = load_tokenizer(folder)
+    return _Maker(wanted, tokenizer, ChatTemplate(tokenizer), end_token(tokenizer), labels)
+
+
 @dataclass(frozen=True, slots=True)
 class _Maker:
     wanted: Wanted
-    tokenizer: Tokenizer
-    template: ChatTemplate
+    tokenizer: Tokenizer | WordPiece
+    template: ChatTemplate | None
     end: int
     labels: tuple[str, ...]
 
@@ -169,6 +176,8 @@ class _Maker:
         return number < self.wanted.holdout * 2**64
 
     def _packed(self, some: Sequence[Document]) -> Arrays:
+        assert isinstance(self.tokenizer, Tokenizer), "words of an encoder have labels"
+        assert self.template is not None
         packer = Packer(self.wanted.context)
         for document in some:
             try:
@@ -183,7 +192,9 @@ class _Maker:
         tokens = np.zeros((len(some), context), np.uint32)
         lengths, labels = np.zeros(len(some), np.int32), np.zeros(len(some), np.int32)
         for row, document in enumerate(some):
-            ids = self.tokenizer.encode(document.text)[:context]
+            ids = self.tokenizer.encode(document.text)
+            if len(ids) > context:  # what ends it stays: an encoder has a mark there
+                ids = [*ids[: context - 1], ids[-1]]
             tokens[row, : len(ids)], lengths[row] = ids, len(ids)
             labels[row] = self.labels.index(document.label)
         return {"tokens": tokens, "lengths": lengths, "labels": labels}

@@ -22,13 +22,13 @@ from jax.sharding import PartitionSpec as Spec
 
 from fastserve_jax.errors import ConfigError
 
-from .losses import Arrays
+from .losses import Arrays, Loss
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 _BY_OUTPUT = ("qkv.weight", "gate_up.weight", "up.weight", "embed.weight", "head.weight")
 _BY_INPUT = ("attn.out.weight", "mlp.down.weight")
 
-type Loss = Callable[[Arrays, Arrays, Arrays], tuple[jax.Array, tuple[jax.Array, jax.Array]]]
+type LossOf = Callable[[Arrays, Arrays, Arrays], Loss]
 
 
 class Training(NamedTuple):
@@ -96,7 +96,7 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh, accumulate: int) -> dict[s
 class Steps:
     """`loss` of the arrays that are trained, of those that are not, and of a batch."""
 
-    loss: Loss
+    loss: LossOf
     optimiser: optax.GradientTransformation
 
     def begin(self, params: dict[str, jax.Array]) -> Training:
@@ -126,7 +126,7 @@ class Steps:
         return Training(now.step + 1, params, moments), told
 
 
-def evaluation(loss: Loss) -> Callable[[Arrays, Arrays, Arrays], Told]:
+def evaluation(loss: LossOf) -> Callable[[Arrays, Arrays, Arrays], Told]:
     @jax.jit
     def run(params: Arrays, frozen: Arrays, batch: Arrays) -> Told:
         nats, (tokens, right) = loss(params, frozen, batch)

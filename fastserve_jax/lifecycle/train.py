@@ -16,17 +16,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fastserve_jax.errors import ConfigError, TrainingFailed
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import parameters
+from fastserve_jax.models.encoder import EncoderConfig
 from fastserve_jax.weights.orbax import write_model
 
 from . import optimiser
 from .checkpoints import Checkpoints
 from .dataset import TOKENIZER, TRAIN, VALID, Dataset
 from .lora import adapters, merged
-from .losses import Model, text_loss
+from .losses import Classifier, Model
 from .settings import TrainSettings
 from .steps import Steps, Told, Training, evaluation, make_mesh, place, place_batch
 from .vocabulary import copy_vocabulary
@@ -63,18 +65,17 @@ def train(
     settings: TrainSettings,
     report: Report = lambda _: None,
     say: Callable[[str], None] = lambda _: None,
-    base: tuple[ModelConfig, dict[str, Any]] | None = None,
+    base: tuple[Model | Classifier, dict[str, Any]] | None = None,
 ) -> Trained:
-    """`base` are a model and its arrays, to go on from. Raises OperatorErrors: ConfigError,
+    """`base` is what is trained, and the arrays to go on from. Raises OperatorErrors: ConfigError,
     DataError, TrainingFailed."""
     settings.check()
     data, out = Dataset(Path(settings.data)), Path(settings.out)
     mesh = make_mesh(jax.devices(), settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     if (out / MODEL).exists():
         raise ConfigError(f"{out / MODEL} is there already: take another `out`, or delete it")
-    config = _new(settings, data) if base is None else base[0]
-    model, lora = Model(config, _dtype(settings), settings.remat), settings.lora
-    arrays = place(drawn(config, settings.seed) if base is None else base[1], mesh)
+    model, begin = base or _new(settings, data)
+    lora, arrays = settings.lora, place(begin, mesh)
     params, frozen = arrays, {}
     if lora.rank:
         params, frozen = place(adapters(arrays, lora, settings.seed), mesh), arrays
@@ -83,7 +84,7 @@ def train(
         return merged(frozen, params, lora) if lora.rank else params
 
     def loss(params: Any, frozen: Any, batch: Any) -> Any:
-        return text_loss(model, whole(params, frozen), batch)
+        return model.loss(whole(params, frozen), batch)
 
     steps = Steps(loss, optimiser.make(settings.optimiser, settings.steps))
     now = steps.begin(params)
@@ -97,15 +98,18 @@ def train(
         found = kept.best(done)
     assert found is not None, "the last step is kept"
     step, state, _ = found
-    _finish(out / MODEL, config, whole(Training(*state).params, frozen), data)
+    _finish(out / MODEL, model.config, whole(Training(*state).params, frozen), data)
     return Trained(int(done.step), step, best, out / MODEL)
 
 
-def _new(settings: TrainSettings, data: Dataset) -> ModelConfig:
-    return settings.shape.config(data.facts.vocab_size, data.facts.context)
+def _new(settings: TrainSettings, data: Dataset) -> tuple[Model, dict[str, jax.Array]]:
+    if data.facts.kind != "text":
+        raise ConfigError(f"{settings.data} has labels: name a base that learns them")
+    config = settings.shape.config(data.facts.vocab_size, data.facts.context)
+    return Model(config, dtype_of(settings), settings.remat), drawn(config, settings.seed)
 
 
-def _dtype(settings: TrainSettings) -> Any:
+def dtype_of(settings: TrainSettings) -> Any:
     if settings.dtype == "auto":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return jnp.float32 if settings.dtype == "f32" else jnp.bfloat16
@@ -187,7 +191,7 @@ class _Loop:
         rows = max(devices, self.settings.batch_rows // self.settings.accumulate)
         for batch in self.data.batches(VALID, rows, None):
             short = -len(next(iter(batch.values()))) % devices
-            padded = {n: _padded(a, short, n == "learned") for n, a in batch.items()}
+            padded = {n: _padded(a, short, n in ("learned", "lengths")) for n, a in batch.items()}
             placed = place_batch(padded, self.mesh, 1)
             first = {name: array[0] for name, array in placed.items()}
             sums.add(self.evaluate(now.params, self.frozen, first))
@@ -214,12 +218,11 @@ class _Loop:
             self.curves.write_text("".join(f"{line}\n" for line in known))
 
 
-def _padded(array: Any, rows: int, is_learned: bool) -> Any:
-    """With rows that nothing is learned of."""
+def _padded(array: Any, rows: int, says: bool) -> Any:
+    """With rows that nothing is learned of, where it says of what something is."""
     if not rows:
         return array
-    spare = array[:1].repeat(rows, axis=0)
-    return jnp.concatenate([array, spare * (not is_learned)])
+    return np.concatenate([array, array[:1].repeat(rows, axis=0) * (not says)])
 
 
 class _Sums:
@@ -246,7 +249,7 @@ def points(folder: Path) -> Iterator[Point]:
         yield Point(**json.loads(line))
 
 
-def _finish(folder: Path, config: ModelConfig, params: Any, data: Dataset) -> None:
+def _finish(folder: Path, config: ModelConfig | EncoderConfig, params: Any, data: Dataset) -> None:
     copy_vocabulary(data.folder / TOKENIZER, folder.with_name(".tokenizer"))
     write_model(folder, config, {n: a.astype(jnp.bfloat16) for n, a in params.items()})
     for file in folder.with_name(".tokenizer").iterdir():

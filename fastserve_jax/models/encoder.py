@@ -8,7 +8,7 @@ segment looked up.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .layers import Embedding, LayerNorm, Linear
+
+type State = nnx.State[Any, Any]  # parameters by path
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ class Encoder(nnx.Module):
 
 def abstract_encoder(
     config: EncoderConfig, dtype: DTypeLike
-) -> tuple[nnx.GraphDef[Encoder], nnx.State]:
+) -> tuple[nnx.GraphDef[Encoder], State]:
     """Its graph and its parameters as ShapeDtypeStructs."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Encoder(config, dtype)))
     return graph, state

@@ -1,10 +1,11 @@
-"""Texts as an encoder reads them: WordPiece, one text or two, between the marks it was trained with.
+"""Texts as an encoder reads them: WordPiece, one text or two, between the marks it knows.
 
 There is no way back: an encoder writes nothing. Knows no files but tokenizer.json.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,15 @@ class WordPiece:
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidRequest(f"text is not valid Unicode: {error}") from error
         return found.ids, found.type_ids
+
+
+def is_wordpiece(folder: Path) -> bool:
+    try:
+        data = json.loads((folder / "tokenizer.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    model = data.get("model") if isinstance(data, dict) else None
+    return isinstance(model, dict) and model.get("type") == "WordPiece"
 
 
 def load_wordpiece(folder: Path) -> WordPiece:

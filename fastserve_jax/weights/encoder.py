@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +16,7 @@ from fastserve_jax.errors import ModelFileError
 from fastserve_jax.models.encoder import EncoderConfig
 from fastserve_jax.weights.huggingface import Folder
 from fastserve_jax.weights.names import Names
+from fastserve_jax.weights.orbax import ENCODER, Checkpoint
 
 _LAYER = "encoder.layer.{i}."
 _PARTS = {
@@ -34,6 +36,8 @@ _ARCHITECTURES = ("BertModel",)
 
 
 def is_encoder(folder: Path) -> bool:
+    if (folder / ENCODER).is_file():
+        return True
     return _json(folder / "config.json").get("architectures", [""])[0] in _ARCHITECTURES
 
 
@@ -42,10 +46,14 @@ class EncoderFiles:
     name: str
     path: Path
     config: EncoderConfig
-    _source: Folder = field(repr=False)
+    _source: Folder | Checkpoint = field(repr=False)
 
     def tensors(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """Every parameter by name. Raises ModelFileError for one that is missing."""
+        if isinstance(self._source, Checkpoint):
+            for name in self._source.tensors:
+                yield name, self._source.read(name).astype(np.float32)
+            return
         for stem, stored in BERT.parts.items():
             endings = ("weight",) if stem in ("embed", "positions", "segments") else _BOTH
             layers = range(self.config.num_layers) if "{i}" in stem else (0,)
@@ -64,13 +72,22 @@ _BOTH = ("weight", "bias")
 
 
 def open_encoder(folder: Path, name: str) -> EncoderFiles:
-    """Raises ModelFileError."""
+    """Of Hugging Face's, or of our own. Raises ModelFileError."""
+    own = folder / ENCODER
+    if own.is_file():
+        try:
+            config = msgspec.json.decode(own.read_bytes(), type=EncoderConfig)
+        except (OSError, msgspec.DecodeError) as error:
+            raise ModelFileError(f"{own}: cannot read: {error}") from error
+        return EncoderFiles(name, folder, config, Checkpoint(folder))
     values = _json(folder / "config.json")
     pooling = _json(folder / "1_Pooling" / "config.json")
     modules = (folder / "modules.json").read_text() if (folder / "modules.json").exists() else ""
     try:
         if values["hidden_act"] != "gelu":
-            raise ModelFileError(f"{folder}: hidden_act = {values['hidden_act']!r} is not supported")
+            raise ModelFileError(
+                f"{folder}: hidden_act = {values['hidden_act']!r} is not supported"
+            )
         config = EncoderConfig(
             vocab_size=int(values["vocab_size"]),
             hidden_size=int(values["hidden_size"]),

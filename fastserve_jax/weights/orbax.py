@@ -1,7 +1,7 @@
 """Models of our own making: a folder with model.json, a tokenizer's files, and parameters that
 Orbax keeps by their canonical names, read by rows.
 
-    model.json   the ModelConfig
+    model.json   the ModelConfig, or encoder.json the EncoderConfig
     params/      an Orbax checkpoint, a flat tree
 
 Whoever trained or compressed a model writes it so; nothing needs to be renamed or turned.
@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 
 from fastserve_jax.errors import ModelFileError
 from fastserve_jax.models.config import ModelConfig
+from fastserve_jax.models.encoder import EncoderConfig
 from fastserve_jax.weights.names import CANONICAL, Names
 
-CONFIG, PARAMETERS = "model.json", "params"
+CONFIG, ENCODER, PARAMETERS = "model.json", "encoder.json", "params"
 _CHUNK_BYTES = 16 << 20  # what is read for any row of it
 _FLOATS = ("float32", "float16", "bfloat16")
 
@@ -43,17 +44,20 @@ def read_model_config(folder: Path) -> tuple[ModelConfig, Names]:
     return config, CANONICAL
 
 
-def write_model(folder: Path, config: ModelConfig, parameters: Mapping[str, Any]) -> None:
+def write_model(
+    folder: Path, config: ModelConfig | EncoderConfig, parameters: Mapping[str, Any]
+) -> None:
     """Arrays by canonical name; the folder is there whole or not at all. Raises FileExistsError."""
     import orbax.checkpoint as ocp
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
         raise FileExistsError(f"{folder} is there already")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as name:
-        made = Path(name) / folder.name
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as writing:
+        made = Path(writing) / folder.name
         made.mkdir()
-        (made / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(config)))
+        name = CONFIG if isinstance(config, ModelConfig) else ENCODER
+        (made / name).write_bytes(msgspec.json.format(msgspec.json.encode(config)))
         tree = dict(parameters)
         in_chunks = {key: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for key in tree}
         with ocp.PyTreeCheckpointer() as checkpointer:

@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 
 from fastserve_jax.errors import ModelFileError
-from fastserve_jax.weights.orbax import CONFIG
+from fastserve_jax.weights.orbax import CONFIG, ENCODER
 
 REGISTRY = "registry"  # in the cache
 VERSION, CURRENT = "version.json", "current"
@@ -65,7 +65,7 @@ class Registry:
         ModelFileError."""
         if not _NAME.fullmatch(name):
             raise ModelFileError(f"{name!r} is no name: letters, digits, '.', '_' and '-'")
-        if not (model / CONFIG).is_file():
+        if not any((model / config).is_file() for config in (CONFIG, ENCODER)):
             raise ModelFileError(f"{model}: no {CONFIG}: not a model of ours")
         own = self.folder / name
         own.mkdir(parents=True, exist_ok=True)

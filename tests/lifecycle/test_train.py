@@ -150,7 +150,7 @@ def test_recomputed_layers_change_nothing(data, whole, tmp_path):
 
 def test_a_model_goes_on_from_another(data, whole, tmp_path):
     config = open_folder(whole[0] / "model", "m").config
-    base = config, arrays(whole[0])
+    base = module.Model(config), arrays(whole[0])
     train(runs.settings(data, tmp_path / "full", base="it"), base=base)
     assert runs.losses(tmp_path / "full")[0] < runs.losses(whole[0])[-2]
     lora = {"lora.rank": 2, "base": "it"}
