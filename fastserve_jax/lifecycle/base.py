@@ -14,9 +14,8 @@ from fastserve_jax.models.decoder import parameters
 from fastserve_jax.terminal import Bars
 from fastserve_jax.text.load import load_tokenizer
 from fastserve_jax.text.wordpiece import load_wordpiece
-from fastserve_jax.weights.encoder import EncoderFiles, is_encoder, open_encoder
-from fastserve_jax.weights.load import open_model
-from fastserve_jax.weights.registry import REGISTRY, Registry
+from fastserve_jax.weights.encoder import EncoderFiles
+from fastserve_jax.weights.load import find_encoder, open_model
 
 from .dataset import Dataset
 from .losses import Classifier, Model
@@ -24,20 +23,11 @@ from .settings import TrainSettings
 from .train import dtype_of
 
 
-def find_encoder(reference: str, cache_dir: Path) -> EncoderFiles | None:
-    """A folder or a registered version, if it is one of an encoder."""
-    registry = Registry(cache_dir / REGISTRY)
-    version = registry.find(reference)
-    path = Path(reference).expanduser() if version is None else registry.path(version)
-    name = path.resolve().name if version is None else str(version)
-    return open_encoder(path.resolve(), name) if path.is_dir() and is_encoder(path) else None
-
-
 def tokenizer_of(reference: str, cache_dir: Path) -> Path | Mapping[str, object]:
-    encoder = find_encoder(reference, cache_dir)
-    if encoder is not None:
-        return encoder.path
     with Bars() as bars:
+        encoder = find_encoder(reference, cache_dir, bars.pull)
+        if encoder is not None:
+            return encoder.path
         return open_model(reference, cache_dir, bars.pull).tokenizer_source
 
 
@@ -46,11 +36,11 @@ def open_base(
 ) -> tuple[Model | Classifier, dict[str, Any]]:
     """Raises ConfigError where the data is of another vocabulary, or teaches something else."""
     data = Dataset(Path(settings.data))
-    encoder = find_encoder(settings.base, cache_dir)
-    if encoder is not None:
-        _check_vocabulary(settings, data, load_wordpiece(encoder.path).vocab_size)
-        return _classifier(settings, data, encoder)
     with Bars() as bars:
+        encoder = find_encoder(settings.base, cache_dir, bars.pull)
+        if encoder is not None:
+            _check_vocabulary(settings, data, load_wordpiece(encoder.path).vocab_size)
+            return _classifier(settings, data, encoder)
         files = open_model(settings.base, cache_dir, bars.pull)
         bars.opened(files)
     if data.facts.kind != "text":

@@ -31,7 +31,8 @@ class Wheel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CatalogueModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A model, its terms, and the wheels that its one `.gguf` file is put together from."""
+    """A model, its terms, and the wheels that its one file is put together from: a `.gguf`, or the
+    `.zip` of an encoder's folder."""
 
     name: str
     description: str
@@ -44,6 +45,10 @@ class CatalogueModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sampling: dict[str, float] = {}  # where a request leaves these fields out
     chat_template: str = ""  # instead of the file's own, where that serves people badly
     int8_perplexity: float | None = None  # / bf16's on wikitext-2, where bench/perplexity.py said
+
+    @property
+    def is_encoder(self) -> bool:
+        return self.file.endswith(".zip")
 
 
 def cache_folder() -> Path:

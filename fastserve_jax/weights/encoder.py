@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +36,11 @@ _PARTS = {
 }
 BERT = Names(_PARTS, unused=("position_ids", "pooler.dense.weight", "pooler.dense.bias"))
 _ARCHITECTURES = ("BertModel",)
+_MEMBERS = (
+    *("config.json", "modules.json", "1_Pooling/config.json", "model.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+)
+_MOST_BYTES = 8 << 30
 
 
 def is_encoder(folder: Path) -> bool:
@@ -69,6 +77,28 @@ class EncoderFiles:
 
 
 _BOTH = ("weight", "bias")
+
+
+def unpacked(archive: Path) -> Path:
+    """The folder beside it with what it has of an encoder. Raises ModelFileError."""
+    folder = archive.with_suffix("")
+    if folder.is_dir():
+        return folder
+    try:
+        with (
+            zipfile.ZipFile(archive) as packed,
+            tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpacking-") as name,
+        ):
+            made = Path(name) / "made"
+            for member in packed.infolist():
+                if member.filename in _MEMBERS and member.file_size <= _MOST_BYTES:
+                    packed.extract(member, made)
+            os.replace(made, folder)
+    except (OSError, zipfile.BadZipFile) as error:
+        if folder.is_dir():  # another process was faster
+            return folder
+        raise ModelFileError(f"{archive}: cannot unpack: {error}") from error
+    return folder
 
 
 def open_encoder(folder: Path, name: str) -> EncoderFiles:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from fastserve_jax.errors import ModelFileError
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.weights.catalogue import read_catalogue
+from fastserve_jax.weights.encoder import EncoderFiles, is_encoder, open_encoder, unpacked
 from fastserve_jax.weights.gguf import GgufFile
 from fastserve_jax.weights.gguf_config import read_config
 from fastserve_jax.weights.hub import fetch_snapshot
@@ -232,6 +233,8 @@ def open_model(reference: str, cache_dir: Path, progress: Progress = silent) -> 
     catalogue = read_catalogue()
     if reference in catalogue:
         entry = catalogue[reference]
+        if entry.is_encoder:
+            raise ModelFileError(f"{reference} is an encoder: it writes no text")
         model = open_gguf(fetch(entry, cache_dir, progress), entry.name)
         assert isinstance(model.tokenizer_source, Mapping)
         template = {"tokenizer.chat_template": entry.chat_template} if entry.chat_template else {}
@@ -259,6 +262,22 @@ def open_model(reference: str, cache_dir: Path, progress: Progress = silent) -> 
         f"no model {reference!r}: not a file, a folder or hf:org/name; the catalogue has "
         + ", ".join(near or sorted(catalogue))
     )
+
+
+def find_encoder(
+    reference: str, cache_dir: Path, progress: Progress = silent
+) -> EncoderFiles | None:
+    """A model named as for `open_model`, if it is an encoder; None for any other."""
+    entry = read_catalogue().get(reference)
+    if entry is not None:
+        if not entry.is_encoder:
+            return None
+        return open_encoder(unpacked(fetch(entry, cache_dir, progress)), entry.name)
+    registry = Registry(cache_dir / REGISTRY)
+    version = registry.find(reference)
+    path = Path(reference).expanduser() if version is None else registry.path(version)
+    name = path.resolve().name if version is None else str(version)
+    return open_encoder(path.resolve(), name) if path.is_dir() and is_encoder(path) else None
 
 
 def open_config(
