@@ -23,6 +23,7 @@ from fastserve_jax.weights.catalogue import DEFAULT_MODEL, cache_folder
 
 if TYPE_CHECKING:
     from fastserve_jax.config import Settings
+    from fastserve_jax.weights.encoder import EncoderFiles
 
 _STUDY, _HOSTS = Study(), HostFlags()
 _BEGAN = time.perf_counter()  # what a person waits for includes importing
@@ -119,7 +120,20 @@ def serve(
         from fastserve_jax.follow import follow_model
 
         sys.exit(follow_model(model, settings, cache_folder(), member))
+    encoder = _encoder(model)
+    if encoder is not None:
+        from fastserve_jax.serve_encoder import serve_encoder
+
+        sys.exit(asyncio.run(serve_encoder(encoder, settings, cache_folder(), _BEGAN)))
     sys.exit(asyncio.run(serve_model(model, settings, cache_folder(), _BEGAN, member)))
+
+
+def _encoder(model: str) -> EncoderFiles | None:
+    from fastserve_jax.terminal import Bars
+    from fastserve_jax.weights.load import find_encoder
+
+    with Bars() as bars:
+        return find_encoder(model, cache_folder(), bars.pull)
 
 
 @app.command

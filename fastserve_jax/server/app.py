@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from fastserve_jax.server import chat, completions, probes, responses, websocket
+from fastserve_jax.server import chat, completions, embeddings, probes, responses, websocket
 from fastserve_jax.server.exchange import STATE
 from fastserve_jax.server.middleware import keys_checked, outermost, stamp
 from fastserve_jax.server.state import ServerState
@@ -29,6 +29,9 @@ def create_app(state: ServerState) -> web.Application:
             web.get("/v1/models/{id:.+}", probes.model),
             web.post("/v1/completions", completions.complete),
             web.post("/v1/chat/completions", chat.chat),
+            web.post("/v1/embeddings", embeddings.embed),
+            web.post("/classify", embeddings.classify),
+            web.post("/score", embeddings.score),
             web.post("/v1/responses", responses.create),
             web.get("/v1/responses", websocket.connect, allow_head=False),
             web.get("/v1/responses/{id}", responses.retrieve),

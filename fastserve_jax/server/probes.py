@@ -23,7 +23,7 @@ from fastserve_jax.errors import EngineFailed, InvalidRequest, Overloaded
 from fastserve_jax.metrics import CONTENT_TYPE
 from fastserve_jax.server.exchange import STATE, json_answer, read_json
 from fastserve_jax.server.job import encode_chat, encode_text
-from fastserve_jax.server.state import Phase, Served
+from fastserve_jax.server.state import Phase, Served, ServedEncoder
 
 
 async def health(request: web.Request) -> web.StreamResponse:
@@ -52,16 +52,16 @@ async def version_(request: web.Request) -> web.StreamResponse:
     return json_answer(Version(version("fastserve-jax")))
 
 
-def _card(served: Served) -> ModelCard:
+def _card(served: Served | ServedEncoder) -> ModelCard:
     return ModelCard(served.name, served.created, max_model_len=served.context)
 
 
 async def models(request: web.Request) -> web.StreamResponse:
-    return json_answer(ModelList([_card(request.app[STATE].served)]))
+    return json_answer(ModelList([_card(request.app[STATE].anything)]))
 
 
 async def model(request: web.Request) -> web.StreamResponse:
-    return json_answer(_card(request.app[STATE].model(request.match_info["id"])))
+    return json_answer(_card(request.app[STATE].named(request.match_info["id"])))
 
 
 async def tokenize(request: web.Request) -> web.StreamResponse:

@@ -17,7 +17,8 @@ from typing import Protocol
 from fastserve_jax.api.chat import ChatTurn
 from fastserve_jax.api.sampling import Defaults, ModelBounds
 from fastserve_jax.core.types import Event, Request
-from fastserve_jax.errors import EngineFailed, ModelNotFound, Overloaded
+from fastserve_jax.encoding import Encodings
+from fastserve_jax.errors import EngineFailed, InvalidRequest, ModelNotFound, Overloaded
 from fastserve_jax.metrics import Metrics
 from fastserve_jax.server.config import ServerConfig
 from fastserve_jax.server.slow_readers import SlowReaders
@@ -83,6 +84,31 @@ class Served:
         return f"fs_{digest.hexdigest()}"
 
 
+class Words(Protocol):
+    """How an encoder reads texts."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    def encode_pair(self, text: str, pair: str | None = None) -> tuple[list[int], list[int]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServedEncoder:
+    """A loaded encoder with its loop. With `labels` it is a classifier, and has no vectors."""
+
+    name: str
+    encodings: Encodings
+    words: Words
+    context: int  # tokens of one text
+    size: int  # of a vector
+    labels: tuple[str, ...] = ()
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def engine(self) -> Encodings:
+        return self.encodings
+
+
 class Phase(enum.Enum):
     LOADING = "loading"
     READY = "ready"
@@ -104,11 +130,11 @@ class ServerState:
         self.draining = asyncio.Event()
         self.sockets = 0
         self.in_flight = 0
-        self._served: Served | None = None
+        self._served: Served | ServedEncoder | None = None
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def ready(self, served: Served) -> None:
+    def ready(self, served: Served | ServedEncoder) -> None:
         """The model is loaded and warm: work is taken from now on."""
         self._served = served
         if self.phase is Phase.LOADING:
@@ -128,7 +154,7 @@ class ServerState:
         await self._idle.wait()
 
     @property
-    def served(self) -> Served:
+    def anything(self) -> Served | ServedEncoder:
         """Raises Overloaded while loading or draining, EngineFailed when failed."""
         if self.failed:
             raise EngineFailed("the engine has stopped; the server must be restarted")
@@ -138,8 +164,32 @@ class ServerState:
             raise Overloaded("the model is still loading", retry_after_s=5)
         return self._served
 
+    @property
+    def served(self) -> Served:
+        """What `anything` raises, and InvalidRequest of an encoder."""
+        return self.model(None)
+
     def model(self, name: str | None) -> Served:
-        served = self.served
+        served = self.named(name)
+        if isinstance(served, ServedEncoder):
+            raise InvalidRequest(
+                f"{served.name} is an encoder and writes nothing: ask /v1/embeddings, /classify or "
+                "/score",
+                param="model",
+            )
+        return served
+
+    def encoder(self, name: str | None) -> ServedEncoder:
+        served = self.named(name)
+        if isinstance(served, Served):
+            raise InvalidRequest(
+                f"{served.name} is no encoder: ask /v1/chat/completions or /v1/completions",
+                param="model",
+            )
+        return served
+
+    def named(self, name: str | None) -> Served | ServedEncoder:
+        served = self.anything
         if name is not None and name != served.name:
             raise ModelNotFound(
                 f"model {name[:100]!r} is not served here; ask for {served.name!r}", param="model"
