@@ -4,21 +4,6 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 WORDS = ("the", "a", "cat", "dog", "sat", "on", "mat", "and", "did", "not", "good", "bad")
 WORDS += ("##s", "##ing")
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "sat",
-    "on",
-    "mat",
-    "and",
-    "did",
-    "not",
-    "good",
-    "bad",
-    "##s",
-    "##ing",
-]
 
 
 def write_words(folder, size):
