@@ -14,7 +14,6 @@ from fastserve_jax.models.decoder import parameters
 from fastserve_jax.terminal import Bars
 from fastserve_jax.text.load import load_tokenizer
 from fastserve_jax.text.wordpiece import load_wordpiece
-from fastserve_jax.weights.encoder import EncoderFiles
 from fastserve_jax.weights.load import find_encoder, open_model
 
 from .dataset import Dataset
@@ -36,40 +35,45 @@ def open_base(
 ) -> tuple[Model | Classifier, dict[str, Any]]:
     """Raises ConfigError where the data is of another vocabulary, or teaches something else."""
     data = Dataset(Path(settings.data))
-    with Bars() as bars:
-        encoder = find_encoder(settings.base, cache_dir, bars.pull)
-        if encoder is not None:
-            _check_vocabulary(settings, data, load_wordpiece(encoder.path).vocab_size)
-            return _classifier(settings, data, encoder)
-        files = open_model(settings.base, cache_dir, bars.pull)
-        bars.opened(files)
+    model, arrays, vocab_size = open_arrays(settings.base, cache_dir, dtype_of(settings))
+    known = data.facts.vocab_size
+    if vocab_size != known:
+        raise ConfigError(
+            f"{settings.data} has a vocabulary of {known}, {settings.base} one of {vocab_size}: "
+            f"prepare it with --tokenizer {settings.base}"
+        )
+    if isinstance(model, Classifier):
+        return _for_labels(settings, data, model, arrays)
     if data.facts.kind != "text":
         raise ConfigError(f"{settings.data} has labels, and {settings.base} is no encoder")
-    _check_vocabulary(settings, data, load_tokenizer(files.tokenizer_source).vocab_size)
-    model = Model(files.config, dtype_of(settings), settings.remat)
+    return replace(model, remat=settings.remat), arrays
+
+
+def open_arrays(
+    reference: str, cache_dir: Path, dtype: Any
+) -> tuple[Model | Classifier, dict[str, Any], int]:
+    """Of any model, its arrays in float32, and how many tokens its vocabulary has."""
+    with Bars() as bars:
+        encoder = find_encoder(reference, cache_dir, bars.pull)
+        if encoder is not None:
+            size = load_wordpiece(encoder.path).vocab_size
+            return Classifier(encoder.config, dtype), dict(encoder.tensors()), size
+        files = open_model(reference, cache_dir, bars.pull)
+        bars.opened(files)
+    model = Model(files.config, dtype)
     shapes = {name: leaf.shape for name, leaf in parameters(model.empty).items()}
-    return model, {n: a.astype(np.float32) for n, a in files.tensors(shapes)}
+    arrays = {name: array.astype(np.float32) for name, array in files.tensors(shapes)}
+    return model, arrays, load_tokenizer(files.tokenizer_source).vocab_size
 
 
-def _check_vocabulary(settings: TrainSettings, data: Dataset, own: int) -> None:
-    known = data.facts.vocab_size
-    if own != known:
-        raise ConfigError(
-            f"{settings.data} has a vocabulary of {known}, {settings.base} one of {own}: prepare "
-            f"it with --tokenizer {settings.base}"
-        )
-
-
-def _classifier(
-    settings: TrainSettings, data: Dataset, encoder: EncoderFiles
+def _for_labels(
+    settings: TrainSettings, data: Dataset, model: Classifier, arrays: dict[str, Any]
 ) -> tuple[Classifier, dict[str, Any]]:
     """What it says of labels begins at nothing, unless it knew the same ones."""
     labels = data.facts.labels
     if not labels:
         raise ConfigError(f"{settings.data} has no labels: prepare it with --labels")
-    arrays = dict(encoder.tensors())
-    if encoder.config.labels != labels:
-        size = encoder.config.hidden_size
-        arrays["classifier.weight"] = np.zeros((len(labels), size), np.float32)
+    if model.config.labels != labels:
+        arrays["classifier.weight"] = np.zeros((len(labels), model.config.hidden_size), np.float32)
         arrays["classifier.bias"] = np.zeros(len(labels), np.float32)
-    return Classifier(replace(encoder.config, labels=labels), dtype_of(settings)), arrays
+    return replace(model, config=replace(model.config, labels=labels)), arrays

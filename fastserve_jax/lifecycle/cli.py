@@ -79,6 +79,28 @@ def train(
     run_train(settings, cache_folder())
 
 
+def evaluate(
+    model: str,
+    data: Path,
+    /,
+    *,
+    part: str = "valid",
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Measure MODEL on the prepared folder DATA: perplexity of text, or how it does at labels.
+
+    Parameters
+    ----------
+    part
+        valid (what --holdout kept apart) or train (all of a folder prepared with --holdout 0).
+    json
+        Print one object instead of a table.
+    """
+    from fastserve_jax.lifecycle.commands import run_evaluate
+
+    run_evaluate(model, data, part, json, cache_folder())
+
+
 models = App(name="models", help="What can be served: the catalogue, and versions of our own.")
 
 

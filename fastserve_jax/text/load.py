@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -11,6 +11,7 @@ from fastserve_jax.errors import ModelFileError
 from fastserve_jax.text.folder_vocabulary import tokenizer_from_folder
 from fastserve_jax.text.gguf_vocabulary import tokenizer_from_gguf
 from fastserve_jax.text.tokenizer import Tokenizer
+from fastserve_jax.text.wordpiece import is_wordpiece, load_wordpiece
 
 VOCABULARY = "vocabulary.msgpack"  # the tokenizer.* metadata of a GGUF, in a folder of our own
 
@@ -30,3 +31,11 @@ def _metadata(path: Path) -> Mapping[str, object]:
         return msgspec.msgpack.decode(path.read_bytes(), type=dict[str, object])
     except (OSError, msgspec.DecodeError) as error:
         raise ModelFileError(f"{path}: cannot read: {error}") from error
+
+
+def load_words(folder: Path) -> Callable[[Sequence[int]], str]:
+    """How a folder's tokens read, whatever kind they are of."""
+    if is_wordpiece(folder):
+        library = load_wordpiece(folder).library
+        return lambda ids: str(library.decode(list(ids)))
+    return load_tokenizer(folder).decode

@@ -24,7 +24,7 @@ from fastserve_jax.errors import ModelFileError
 from fastserve_jax.weights.orbax import CONFIG, ENCODER
 
 REGISTRY = "registry"  # in the cache
-VERSION, CURRENT = "version.json", "current"
+VERSION, CURRENT, MEASURED = "version.json", "current", "measured.jsonl"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _REFERENCE = re.compile(r"([^@]+)(?:@(\d+))?")
 
@@ -69,13 +69,12 @@ class Registry:
             raise ModelFileError(f"{model}: no {CONFIG}: not a model of ours")
         own = self.folder / name
         own.mkdir(parents=True, exist_ok=True)
-        made_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         with tempfile.TemporaryDirectory(dir=own, prefix=".writing-") as writing:
             made = Path(writing) / "model"
             shutil.copytree(model, made)
             number = 1 + max((v.number for v in self.versions(name)), default=0)
             facts = (parent, data, dict(settings or {}), dict(metrics or {}))
-            version = Version(name, number, made_at, how, *facts)
+            version = Version(name, number, _now(), how, *facts)
             (made / VERSION).write_bytes(msgspec.json.format(msgspec.json.encode(version)))
             os.rename(made, own / f"{number:04}")  # fails where another was faster
         if not (own / CURRENT).exists():
@@ -137,9 +136,23 @@ class Registry:
             raise ModelFileError(f"{now} is the first version: nothing to go back to")
         return self.promote(f"{name}@{before[-1]}")
 
+    def note(self, version: Version, found: Mapping[str, object]) -> None:
+        """Keeps what was measured of it, beside it and in the order of measuring."""
+        with (self.path(version) / MEASURED).open("ab") as file:
+            file.write(msgspec.json.encode({"at": _now(), **found}) + b"\n")
+
+    def notes(self, version: Version) -> list[dict[str, object]]:
+        path = self.path(version) / MEASURED
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        return [msgspec.json.decode(line, type=dict[str, object]) for line in lines]
+
     def _named(self, reference: str) -> Version:
         version = self.find(reference)
         if version is None:
             there = ", ".join(self.names()) or "none yet"
             raise ModelFileError(f"no model {reference} is registered: there are {there}")
         return version
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
