@@ -136,3 +136,11 @@ def rollback(name: str, /) -> None:
 
     version = Registry(cache_folder() / REGISTRY).rollback(name)
     print(f"{version.name} is {version}")
+
+
+@models.command
+def export(model: str, out: Path, /) -> None:
+    """Write MODEL as others read it: to OUT, a .gguf file or a folder as Hugging Face has them."""
+    from fastserve_jax.lifecycle.export import run_export
+
+    run_export(model, out, cache_folder())

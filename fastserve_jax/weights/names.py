@@ -36,6 +36,12 @@ def _halves(rows: NDArray[Any], heads: int) -> NDArray[Any]:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
+def halves_back(rows: NDArray[Any], heads: int) -> NDArray[Any]:
+    """From rotate-half order to interleaved pairs."""
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
 def _query_halves(rows: NDArray[Any], config: ModelConfig) -> NDArray[Any]:
     return _halves(rows, config.num_heads)
 

@@ -1,0 +1,61 @@
+"""What is exported is what it was, as our own readers have it, and as llama.cpp does."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fastserve_jax.errors import ConfigError
+from fastserve_jax.lifecycle.export import run_export
+from fastserve_jax.lifecycle.vocabulary import train_vocabulary
+from fastserve_jax.text.load import load_tokenizer
+from fastserve_jax.weights.load import open_model
+from fastserve_jax.weights.orbax import write_model
+from tests.weights import synthetic
+
+TEXT = 'Once upon a time there was a little fox. It said: "Hello, world!" \u00e9\u4e16'
+
+
+def model(folder, family, vocabulary="bpe"):
+    arrays = synthetic.parameters(family, tied=family != "llama")
+    file = synthetic.write_gguf(folder / "m.gguf", family, synthetic.gguf_tensors(family, arrays))
+    config = open_model(str(file), folder).config
+    arrays = {n: a.astype(ml_dtypes.bfloat16).astype(np.float32) for n, a in arrays.items()}
+    write_model(folder / "model", config, arrays)
+    train_vocabulary(iter([TEXT] * 20), vocabulary, 300, folder / "words")
+    for path in (folder / "words").iterdir():
+        path.rename(folder / "model" / path.name)
+    return folder / "model", config, arrays
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["out.gguf", "out"])
+def test_it_is_read_back_as_it_was(tmp_path, family, name):
+    folder, config, arrays = model(tmp_path, family)
+    run_export(str(folder), tmp_path / name, tmp_path)
+    files = open_model(str(tmp_path / name), tmp_path)
+    assert files.config == config
+    found = dict(files.tensors({n: a.shape for n, a in arrays.items()}))
+    for known, array in arrays.items():
+        kept = array.astype(np.float16) if name.endswith("gguf") and array.ndim > 1 else array
+        np.testing.assert_array_equal(found[known].astype(np.float32), kept.astype(np.float32))
+    with pytest.raises(ConfigError, match="is there already"):
+        run_export(str(folder), tmp_path / name, tmp_path)
+
+
+@pytest.mark.parametrize("vocabulary", ["bpe", "sentencepiece"])
+@pytest.mark.parametrize("name", ["out.gguf", "out"])
+def test_it_speaks_the_same_words(tmp_path, vocabulary, name):
+    folder, _, _ = model(tmp_path, "llama", vocabulary)
+    run_export(str(folder), tmp_path / name, tmp_path)
+    words = load_tokenizer(open_model(str(tmp_path / name), tmp_path).tokenizer_source)
+    own = load_tokenizer(folder)
+    assert words.encode(TEXT) == own.encode(TEXT)
+    assert words.decode(own.encode(TEXT)) == own.decode(own.encode(TEXT))
+    assert words.eos_ids == own.eos_ids
+
+
+def test_what_others_do_not_know_is_refused(tmp_path):
+    folder, _, _ = model(tmp_path, "gemma3")
+    with pytest.raises(ConfigError, match="a gemma3 cannot be exported: llama, qwen2, qwen3 can"):
+        run_export(str(folder), tmp_path / "out", tmp_path)
+    assert not (tmp_path / "out").exists()
