@@ -1,0 +1,98 @@
+"""Measures against what a person would count."""
+
+import csv
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastserve_jax.errors import ConfigError
+from fastserve_jax.lifecycle.dataset import Dataset
+from fastserve_jax.lifecycle.evaluate import evaluate
+from fastserve_jax.lifecycle.losses import Classifier, Model
+from fastserve_jax.lifecycle.prepare import Wanted, prepare
+from fastserve_jax.lifecycle.train import drawn
+from fastserve_jax.models.encoder import EncoderConfig
+from tests.lifecycle import runs
+from tests.lifecycle.words import write_words
+from tests.models.test_encoder import drawn as drawn_encoder
+
+LABELS = ("bad", "fine", "good")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return Dataset(runs.data(tmp_path_factory.mktemp("data")))
+
+
+def test_perplexity_is_of_each_token_that_counts(text):
+    shape = runs.settings(text.folder, "nowhere").shape
+    config = shape.config(text.facts.vocab_size, text.facts.context)
+    model, arrays = Model(config), drawn(config, 0)
+    found = evaluate(model, arrays, text, "valid")
+    nats, right, count = 0.0, 0, 0
+    data = text.arrays("valid")
+    for tokens, segments, learned in zip(*data.values(), strict=True):
+        given = jnp.asarray(tokens, jnp.int32)[None], jnp.asarray(segments, jnp.int32)[None]
+        logits = np.asarray(model.logits(arrays, *given)[0], np.float64)
+        for at in range(1, len(tokens)):
+            if learned[at] and segments[at] == segments[at - 1]:
+                row = logits[at - 1]
+                nats += np.log(np.exp(row - row.max()).sum()) + row.max() - row[tokens[at]]
+                right += int(row.argmax() == tokens[at])
+                count += 1
+    assert found.metrics["loss"] == pytest.approx(nats / count, rel=1e-5)
+    assert found.metrics["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+    assert found.metrics["accuracy"] == pytest.approx(right / count)
+    with pytest.raises(ConfigError, match="train or valid, not all"):
+        evaluate(model, arrays, text, "all")
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("labelled")
+    words = ("the cat sat", "a dog", "good dog", "bad cat", "the mat did not", "a cat and a dog")
+    with (folder / "a.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("text", "label"))
+        for number in range(36):
+            table.writerow((f"{words[number % 6]} {' on' * (number // 6)}", LABELS[number % 3]))
+    (folder / "data" / "tokenizer").mkdir(parents=True)
+    write_words(folder / "data" / "tokenizer", 100)
+    prepare([folder / "a.csv"], folder / "data", Wanted(16, "", 0.0, "labels"))
+    return Dataset(folder / "data")
+
+
+def classifier(labels=LABELS):
+    config = EncoderConfig(100, 32, 2, 4, 64, 24, 1e-12, labels=labels)
+    return Classifier(config), {
+        n: jnp.asarray(a, jnp.float32) for n, a in drawn_encoder(config).items()
+    }
+
+
+def test_labels_are_counted_and_the_surest_errors_told(labelled):
+    model, arrays = classifier()
+    found = evaluate(model, arrays, labelled, "train")
+    data = labelled.arrays("train")
+    logits = np.asarray(model.logits(arrays, {n: jnp.asarray(a) for n, a in data.items()}))
+    given, wanted = logits.argmax(1), data["labels"]
+    assert found.metrics["accuracy"] == pytest.approx((given == wanted).mean())
+    recall = [(given[wanted == k] == k).mean() for k in range(3)]
+    precision = [(wanted[given == k] == k).mean() if (given == k).any() else 0 for k in range(3)]
+    assert found.metrics["recall"] == pytest.approx(np.mean(recall))
+    assert found.metrics["precision"] == pytest.approx(np.mean(precision))
+    assert all(label in found.report for label in LABELS)
+    assert len(found.errors) == min(10, (given != wanted).sum())
+    shares = [error.share for error in found.errors]
+    assert shares == sorted(shares, reverse=True)
+    for error in found.errors:
+        assert LABELS[wanted[error.row]] == error.label != error.given == LABELS[given[error.row]]
+
+
+def test_other_labels_are_refused(labelled):
+    model, arrays = classifier(("a", "b", "c"))
+    with pytest.raises(ConfigError, match="other labels than the model was taught"):
+        evaluate(model, arrays, labelled, "train")
+    with pytest.raises(ConfigError, match="nothing in valid"):
+        evaluate(*classifier(), labelled, "valid")
