@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from fastserve_jax.errors import ModelFileError
-from fastserve_jax.weights.catalogue import read_catalogue
+from fastserve_jax.weights.catalogue import embedded_names, read_catalogue
 from fastserve_jax.weights.pull import model_file
 from fastserve_jax.weights.registry import REGISTRY, Registry, Version
 
@@ -20,6 +20,8 @@ def show_models(cache_dir: Path) -> None:
         here = "yes" if model_file(entry, cache_dir).exists() else "no"
         size = f"{entry.size_bytes / 1e6:,.0f} MB"
         table.add_row(model, size, entry.licence, here, entry.description)
+    for model in embedded_names():
+        table.add_row(model, "", "Apache-2.0", "yes", "little stories; comes with the package")
     console.print(table)
     registry = Registry(cache_dir / REGISTRY)
     if not registry.names():

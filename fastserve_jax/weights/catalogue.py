@@ -13,6 +13,7 @@ from fastserve_jax.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _FOLDER = Path(__file__).parents[1] / "configs" / "models"
+_EMBEDDED = Path(__file__).parents[1] / "embedded"  # models that come with the package
 
 
 class Wheel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,6 +56,17 @@ def cache_folder() -> Path:
     """Where models and compiled programs are kept; FASTSERVE_CACHE overrides the system's place."""
     chosen = os.environ.get("FASTSERVE_CACHE")
     return Path(chosen) if chosen else user_cache_path("fastserve")
+
+
+def embedded(name: str) -> Path | None:
+    """The folder of a model that comes with the package."""
+    folder = _EMBEDDED / name
+    is_there = name in embedded_names() and folder.is_dir()
+    return folder if is_there else None
+
+
+def embedded_names() -> list[str]:
+    return sorted(path.name for path in _EMBEDDED.glob("*/") if not path.name.startswith("_"))
 
 
 def read_catalogue() -> Mapping[str, CatalogueModel]:

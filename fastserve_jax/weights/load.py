@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fastserve_jax.errors import ModelFileError
 from fastserve_jax.models.config import ModelConfig
-from fastserve_jax.weights.catalogue import read_catalogue
+from fastserve_jax.weights.catalogue import embedded, embedded_names, read_catalogue
 from fastserve_jax.weights.encoder import EncoderFiles, is_encoder, open_encoder, unpacked
 from fastserve_jax.weights.gguf import GgufFile
 from fastserve_jax.weights.gguf_config import read_config
@@ -246,6 +246,8 @@ def open_model(reference: str, cache_dir: Path, progress: Progress = silent) -> 
             int8_perplexity=entry.int8_perplexity,
             tokenizer_source={**model.tokenizer_source, **template},
         )
+    if (own := embedded(reference)) is not None:
+        return open_folder(own, reference)
     registry = Registry(cache_dir / REGISTRY)
     if (version := registry.find(reference)) is not None:
         return open_folder(registry.path(version), str(version))
@@ -260,7 +262,7 @@ def open_model(reference: str, cache_dir: Path, progress: Progress = silent) -> 
     near = difflib.get_close_matches(reference.lower(), catalogue, n=3, cutoff=0.4)
     raise ModelFileError(
         f"no model {reference!r}: not a file, a folder or hf:org/name; the catalogue has "
-        + ", ".join(near or sorted(catalogue))
+        + ", ".join(near or sorted([*catalogue, *embedded_names()]))
     )
 
 
