@@ -11,8 +11,8 @@ import asyncio
 import io
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from typing import Any, Self
 
 import aiohttp
@@ -86,12 +86,13 @@ class Relay:
         response = web.StreamResponse(status=answer.status, headers=_headers(answer.headers))
         with self._watched(request) as gate:
             try:
-                async for events in _whole_events(answer, peer):
-                    with gate:
-                        if not response.prepared:
-                            self._remember(request, peer, events)
-                            await response.prepare(request)
-                        await response.write(events)
+                async with aclosing(_whole_events(answer, peer)) as pieces:
+                    async for events in pieces:
+                        with gate:
+                            if not response.prepared:
+                                self._remember(request, peer, events)
+                                await response.prepare(request)
+                            await response.write(events)
             except NotAnsweredError:
                 if not response.prepared:
                     raise
@@ -170,7 +171,7 @@ async def _pump(source: Any, target: Any, hear: Callable[[str], None] = lambda _
             await target.send_bytes(message.data)
 
 
-async def _whole_events(answer: aiohttp.ClientResponse, peer: Peer) -> AsyncIterator[bytes]:
+async def _whole_events(answer: aiohttp.ClientResponse, peer: Peer) -> AsyncGenerator[bytes]:
     """As they come, none in parts: so that an error can follow any of them."""
     pending = b""
     while True:
@@ -191,9 +192,8 @@ def _headers(headers: Mapping[str, str]) -> dict[str, str]:
 
 def _refused(status: int) -> FastServeError:
     """A WebSocket, in a replica's status: of what else it says, nothing is to be had."""
-    if status == Unauthorized.status:
-        return Unauthorized("give a valid key as Authorization: Bearer KEY")
-    error = InvalidRequest(f"the WebSocket was refused with status {status}")
+    kind = Unauthorized if status == Unauthorized.status else InvalidRequest
+    error = kind(f"the WebSocket was refused with status {status}")
     error.status = status
     return error
 

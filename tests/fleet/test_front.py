@@ -17,6 +17,7 @@ from fastserve_jax.core.routing import Router
 from fastserve_jax.fleet import front as module
 from fastserve_jax.fleet.front import Front
 from fastserve_jax.server.config import ServerConfig
+from tests.fleet.kit import until
 
 ENGINE_FAILED = {
     "error": {"message": "it stopped", "type": "server_error", "code": "engine_failed"}
@@ -242,12 +243,6 @@ async def test_a_client_that_goes_is_no_fault_of_its_replica(monkeypatch):
         assert [replica.asked for replica in replicas] == [1, 1]
 
 
-async def until(happens):
-    async with asyncio.timeout(5):
-        while not happens():  # noqa: ASYNC110  there is nobody to say so
-            await asyncio.sleep(0.01)
-
-
 async def test_who_waits_for_a_replica_that_vanished_is_told():
     """Its node says nothing any more, not even that connections are closed."""
     async with fleet("vanish", "answer") as (session, front, replicas):
@@ -307,11 +302,7 @@ async def test_a_client_that_goes_lets_its_replica_know():
         answer = await session.post("/v1/completions", json={"stream": True})
         await answer.content.readline()
         answer.close()
-        for _ in range(100):
-            if not front.in_flight:
-                break
-            await asyncio.sleep(0.02)
-        assert not front.in_flight
+        await until(lambda: not front.in_flight)
 
 
 async def test_where_all_refuse_the_client_hears_the_last():

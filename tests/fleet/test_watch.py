@@ -10,6 +10,7 @@ from fastserve_jax.core.routing import Router
 from fastserve_jax.fleet import command
 from fastserve_jax.fleet.front import Front
 from fastserve_jax.fleet.replicas import Replica
+from tests.fleet.kit import until
 
 
 class Replicas:
@@ -48,11 +49,6 @@ class Watched:
     async def _waiting(self, session, url):
         return self.waiting.get(url, 0.0)
 
-    async def until(self, happens):
-        async with asyncio.timeout(5):
-            while not happens():  # noqa: ASYNC110  there is nobody to say so
-                await asyncio.sleep(0.001)
-
 
 @pytest.fixture
 def watched(monkeypatch):
@@ -80,14 +76,14 @@ async def test_there_are_more_while_requests_wait_and_fewer_when_few_are_there(w
     async with Running("fleet.replicas=2", "fleet.max_replicas=4") as fleet:
         fleet.front.peers["r0"].in_flight = 9
         watched.waiting = {"http://r0": 30.0}
-        await watched.until(lambda: len(fleet.replicas.replicas) == 4)
+        await until(lambda: len(fleet.replicas.replicas) == 4)
         await asyncio.sleep(0.05)
         assert len(fleet.replicas.replicas) == 4, "more than the most"
         watched.waiting = {}
         await asyncio.sleep(0.05)
         assert len(fleet.replicas.replicas) == 4, "nine requests are there"
         fleet.front.peers["r0"].in_flight = 1
-        await watched.until(lambda: fleet.replicas.names == ["r0", "r1"])
+        await until(lambda: fleet.replicas.names == ["r0", "r1"])
         await asyncio.sleep(0.05)
         assert fleet.replicas.names == ["r0", "r1"], "fewer than asked for"
 
@@ -98,18 +94,18 @@ async def test_none_that_has_requests_is_taken_away(watched):
         fleet.replicas.grow()
         for name in ("r1", "r3"):
             fleet.front.peers[name].in_flight = 1
-        await watched.until(lambda: fleet.replicas.names == ["r0", "r1", "r3"])
+        await until(lambda: fleet.replicas.names == ["r0", "r1", "r3"])
         await asyncio.sleep(0.05)
         assert fleet.replicas.names == ["r0", "r1", "r3"], "two requests are there"
         fleet.front.peers["r3"].in_flight = 0
-        await watched.until(lambda: fleet.replicas.names == ["r0", "r1"])
+        await until(lambda: fleet.replicas.names == ["r0", "r1"])
 
 
 async def test_one_that_is_not_ready_goes_first(watched):
     async with Running("fleet.replicas=1", "fleet.max_replicas=4") as fleet:
         fleet.replicas.replicas.append(Replica("waits for room"))
         fleet.replicas.grow()
-        await watched.until(lambda: fleet.replicas.names == ["r0", "r1"])
+        await until(lambda: fleet.replicas.names == ["r0", "r1"])
 
 
 async def test_a_short_queue_is_no_reason(watched):
@@ -129,7 +125,7 @@ async def test_without_a_higher_number_there_are_as_many_as_asked(watched):
 async def test_who_does_not_answer_for_a_while_is_replaced_once(watched):
     async with Running("fleet.replicas=2") as fleet:
         watched.waiting = {"http://r1": None}
-        await watched.until(lambda: fleet.replicas.replaced)
+        await until(lambda: fleet.replicas.replaced)
         await asyncio.sleep(0.05)
         assert fleet.replicas.replaced == ["r1"]
         assert list(fleet.front.peers) == ["r0"], "it is still asked"
@@ -145,5 +141,5 @@ async def test_a_moment_without_an_answer_is_none(watched, monkeypatch):
 
     monkeypatch.setattr(command, "_waiting", mostly_none)
     async with Running("fleet.replicas=2") as fleet:
-        await watched.until(lambda: looks > 40)
+        await until(lambda: looks > 40)
         assert not fleet.replicas.replaced
