@@ -10,7 +10,7 @@ from fastserve_jax.fleet.beginnings import BLOCK_BYTES, BYTES_PER_TOKEN, beginni
 
 LONG = "All happy families are alike; each unhappy one is unhappy in its own way. " * 40
 
-DEEP = b'{"prompt": [' + b'{"a": ' * 1000 + b"1" + b"}" * 1000 + b"]}"
+DEEP = b'{"prompt": ' + b"[" * 1000 + b"]" * 1000 + b"}"
 
 
 def of(**body):
