@@ -29,7 +29,7 @@ from .peer import NotAnsweredError, Peer
 
 _HOP = {"connection", "keep-alive", "transfer-encoding", "upgrade", "te"}
 _PASSED_OVER = {"engine_failed", "server_overloaded"}  # errors of a replica, not of a request
-_RESPONSE = re.compile(rb'"id": ?"(resp_\w+)"')
+_RESPONSE = re.compile(rb'"id":"(resp_\w+)"')
 _CREATED = '{"type":"response.created"'  # the first event of one, which has its id
 RESPONSES = "/v1/responses"
 

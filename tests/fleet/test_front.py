@@ -13,6 +13,9 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from fastserve_jax.api import sse, wire
+from fastserve_jax.api.response_events import Created
+from fastserve_jax.api.responses import Response
 from fastserve_jax.core.routing import Router
 from fastserve_jax.fleet import front as module
 from fastserve_jax.fleet.front import Front
@@ -101,17 +104,22 @@ class Replica:
                 return web.json_response(BAD, status=400)
             if self.how == "loading":
                 return web.json_response(LOADING, status=503)
-            self.kept.append(f"resp_{self.name}x{len(self.kept)}")
-            made = {"id": self.kept[-1], "previous_response_id": "resp_other"}
             if not asked.get("stream"):
-                return web.json_response({"object": "response", **made})
+                whole = wire.encode(self._made())
+                return web.Response(body=whole, content_type="application/json")
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
             await response.prepare(request)
-            event = json.dumps({"type": "response.created", "response": made})
-            await response.write(f"event: response.created\ndata: {event}\n\n".encode())
+            event = wire.encode(Created(response=self._made()))
+            await response.write(sse.frame(event, "response.created"))
             return response
         known = request.path.rpartition("/")[2] in self.kept
         return web.json_response({"by": self.name}, status=200 if known else 404)
+
+    def _made(self):
+        self.kept.append(f"resp_{self.name}x{len(self.kept)}")
+        other = {"metadata": {"id": "resp_other"}, "previous_response_id": "resp_other"}
+        own = {"id": self.kept[-1], "created_at": 0, "status": "completed", "model": "m"}
+        return Response(**own, **other, output=[], temperature=1.0, top_p=1.0)
 
     async def _socket(self, request):
         if self.how == "refuse":
@@ -125,10 +133,7 @@ class Replica:
             if self.how == "vanish":
                 await self.released.wait()
             if message.data == "respond":
-                self.kept.append(f"resp_{self.name}x{len(self.kept)}")
-                made = {"response": {"id": self.kept[-1]}}
-                event = json.dumps({"type": "response.created", **made}, separators=(",", ":"))
-                await socket.send_str(event)
+                await socket.send_str(wire.encode(Created(response=self._made())).decode())
                 continue
             await socket.send_str(f"{self.name}: {message.data}")
         return socket
