@@ -2,175 +2,12 @@
 is lost without a word, and nothing that was answered is asked again."""
 
 import asyncio
-import gzip
-import io
 import json
-import random
-from contextlib import asynccontextmanager
 
-import aiohttp
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestServer
 
-from fastserve_jax.api import sse, wire
-from fastserve_jax.api.response_events import Created
-from fastserve_jax.api.responses import Response
-from fastserve_jax.core.routing import Router
 from fastserve_jax.fleet import front as module
-from fastserve_jax.fleet.front import Front
-from fastserve_jax.server.config import ServerConfig
-from tests.fleet.kit import until
-
-ENGINE_FAILED = {
-    "error": {"message": "it stopped", "type": "server_error", "code": "engine_failed"}
-}
-LOADING = {"error": {"message": "loading", "type": "overloaded", "code": "server_overloaded"}}
-BAD = {"error": {"message": "no such field", "type": "invalid_request_error", "code": None}}
-
-CONFIG = ServerConfig(max_body_bytes=1 << 20)
-
-
-class Replica:
-    """Answers as `how` says; counts what it was asked."""
-
-    def __init__(self, name, how="answer"):
-        self.name, self.how, self.asked, self.seen = name, how, 0, []
-        self.released = asyncio.Event()
-        self.kept = []  # ids of responses
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self._handle)
-        self.server = TestServer(app)
-
-    async def _handle(self, request):
-        self.asked += 1
-        self.seen.append((request.method, request.path_qs, await request.read(), request.headers))
-        if request.headers.get("Upgrade"):
-            return await self._socket(request)
-        if request.path.startswith("/v1/responses"):
-            return await self._response(request)
-        match self.how:
-            case "answer":
-                return web.json_response({"by": self.name})
-            case "die":
-                request.transport.abort()
-                return web.Response()
-            case "die in the body":
-                response = web.Response(body=b"x" * 100, headers={"Content-Length": "1000"})
-                await response.prepare(request)
-                await response.write(b"x" * 100)
-                request.transport.abort()
-                return response
-            case "engine failed":
-                return web.json_response(ENGINE_FAILED, status=500)
-            case "loading":
-                return web.json_response(LOADING, status=503, headers={"Retry-After": "5"})
-            case "vanish":
-                await self.released.wait()
-                return web.Response()
-            case "refuse":
-                return web.json_response(BAD, status=400)
-        return await self._stream(request)
-
-    async def _stream(self, request):
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        if self.how == "end before the first event":
-            return response
-        if self.how == "die before the first event":
-            request.transport.abort()
-            return response
-        for number in range(3):
-            await response.write(f'data: {{"by": "{self.name}", "n": {number}}}\n\n'.encode())
-            if self.how == "die in the middle" and number == 1:
-                await asyncio.sleep(0.05)
-                request.transport.abort()
-                return response
-            if self.how == "die in an event" and number == 1:
-                await response.write(b'data: {"by": "')
-                await asyncio.sleep(0.05)
-                request.transport.abort()
-                return response
-            if self.how in ("stream slowly", "vanish in the middle"):
-                await self.released.wait()
-        await response.write(b"data: [DONE]\n\n")
-        return response
-
-    async def _response(self, request):
-        """As the server does: an id is known where it was made."""
-        if request.method == "POST":
-            asked = json.loads(self.seen[-1][2])
-            if asked.get("previous_response_id") not in (None, *self.kept):
-                return web.json_response(BAD, status=400)
-            if self.how == "loading":
-                return web.json_response(LOADING, status=503)
-            if not asked.get("stream"):
-                whole = wire.encode(self._made())
-                return web.Response(body=whole, content_type="application/json")
-            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-            await response.prepare(request)
-            event = wire.encode(Created(response=self._made()))
-            await response.write(sse.frame(event, "response.created"))
-            return response
-        known = request.path.rpartition("/")[2] in self.kept
-        return web.json_response({"by": self.name}, status=200 if known else 404)
-
-    def _made(self):
-        self.kept.append(f"resp_{self.name}x{len(self.kept)}")
-        other = {"metadata": {"id": "resp_other"}, "previous_response_id": "resp_other"}
-        own = {"id": self.kept[-1], "created_at": 0, "status": "completed", "model": "m"}
-        return Response(**own, **other, output=[], temperature=1.0, top_p=1.0)
-
-    async def _socket(self, request):
-        if self.how == "refuse":
-            return web.json_response(BAD, status=401)
-        socket = web.WebSocketResponse()
-        await socket.prepare(request)
-        async for message in socket:
-            if self.how == "die":
-                request.transport.abort()
-                break
-            if self.how == "vanish":
-                await self.released.wait()
-            if message.data == "respond":
-                await socket.send_str(wire.encode(Created(response=self._made())).decode())
-                continue
-            await socket.send_str(f"{self.name}: {message.data}")
-        return socket
-
-
-@asynccontextmanager
-async def fleet(*hows, policy="round-robin", config=CONFIG):
-    """-> a session at the front, the front, the replicas."""
-    replicas = [Replica(f"r{number}", how) for number, how in enumerate(hows)]
-    async with Front(Router(policy, random.sample), config) as front:
-        for replica in replicas:
-            await replica.server.start_server()
-            front.add(replica.name, str(replica.server.make_url("")).rstrip("/"))
-        async with (
-            TestServer(front.app()) as server,
-            aiohttp.ClientSession(str(server.make_url("/"))) as session,
-        ):
-            yield session, front, replicas
-        for replica in replicas:
-            replica.released.set()
-            await replica.server.close()
-
-
-async def ask(session, **body):
-    async with session.post("/v1/completions?x=1", json=body, headers={"X-Own": "1"}) as answer:
-        return answer.status, await answer.text()
-
-
-async def test_what_is_said_goes_through_both_ways():
-    async with fleet("answer") as (session, _, (replica,)):
-        status, text = await ask(session, prompt="hello")
-        assert (status, json.loads(text)) == (200, {"by": "r0"})
-        ((method, path, body, headers),) = replica.seen
-        assert (method, path) == ("POST", "/v1/completions?x=1")
-        assert json.loads(body) == {"prompt": "hello"}
-        assert headers["X-Own"] == "1"
-        assert headers["Host"] == f"{session._base_url.host}:{session._base_url.port}"
+from tests.fleet.kit import BAD, ENGINE_FAILED, LOADING, ask, fleet, until
 
 
 @pytest.mark.parametrize(
@@ -203,51 +40,6 @@ async def test_what_was_answered_is_not_asked_again():
         assert not front.retried
 
 
-async def test_a_stream_that_had_begun_ends_with_an_error():
-    async with fleet("die in the middle", "stream") as (session, front, replicas):
-        status, text = await ask(session, prompt="hello", stream=True)
-        assert status == 200
-        *events, last = text.strip().split("\n\n")
-        assert len(events) == 2
-        error = json.loads(last.removeprefix("data: "))["error"]
-        assert error["code"] == "replica_lost"
-        assert "r0 was lost in the middle" in error["message"]
-        assert "[DONE]" not in text
-        assert replicas[1].asked == 0
-        assert front.cut_off == 1
-        status, text = await ask(session, prompt="hello", stream=True)
-        assert text.endswith("data: [DONE]\n\n")
-
-
-async def test_an_event_in_its_middle_is_not_sent_on():
-    async with fleet("die in an event") as (session, _, _):
-        status, text = await ask(session, prompt="hello", stream=True)
-        assert status == 200
-        *events, last = [json.loads(e.removeprefix("data: ")) for e in text.strip().split("\n\n")]
-        assert [event["n"] for event in events] == [0, 1]
-        assert last["error"]["code"] == "replica_lost"
-
-
-async def test_a_client_that_goes_is_no_fault_of_its_replica(monkeypatch):
-    """Nor is its request asked again."""
-
-    async def gone(request, response):
-        raise aiohttp.ClientConnectionResetError("Cannot write to closing transport")
-
-    def app(front, made=Front.app):
-        app = made(front)
-        app.on_response_prepare.append(gone)
-        return app
-
-    monkeypatch.setattr(Front, "app", app)
-    async with fleet("stream", "answer") as (session, front, replicas):
-        for _ in replicas:
-            with pytest.raises(aiohttp.ClientError):
-                await ask(session, prompt="hello", stream=True)
-        assert (front.cut_off, front.retried, front.in_flight) == (0, 0, 0)
-        assert [replica.asked for replica in replicas] == [1, 1]
-
-
 async def test_who_waits_for_a_replica_that_vanished_is_told():
     """Its node says nothing any more, not even that connections are closed."""
     async with fleet("vanish", "answer") as (session, front, replicas):
@@ -259,27 +51,6 @@ async def test_who_waits_for_a_replica_that_vanished_is_told():
         assert front.retried == 1
 
 
-async def test_a_stream_of_a_replica_that_vanished_ends_with_an_error():
-    async with fleet("vanish in the middle") as (session, front, (replica,)):
-        waiting = asyncio.create_task(ask(session, prompt="hello", stream=True))
-        await until(lambda: replica.asked)
-        await asyncio.sleep(0.05)
-        front.remove("r0", is_lost=True)
-        async with asyncio.timeout(5):
-            assert "replica_lost" in (await waiting)[1]
-
-
-async def test_a_websocket_of_a_replica_that_vanished_is_closed():
-    async with fleet("vanish") as (session, front, _):
-        async with session.ws_connect("/v1/responses") as socket:
-            await socket.send_str("hello")
-            await asyncio.sleep(0.05)
-            front.remove("r0", is_lost=True)
-            await socket.receive(timeout=5)
-            assert socket.close_code == 1011
-        assert front.cut_off == 1
-
-
 async def test_a_replica_that_retires_finishes():
     async with fleet("stream slowly") as (session, front, (replica,)):
         waiting = asyncio.create_task(ask(session, prompt="hello", stream=True))
@@ -287,27 +58,6 @@ async def test_a_replica_that_retires_finishes():
         front.remove("r0", is_lost=False)
         replica.released.set()
         assert (await waiting)[1].endswith("data: [DONE]\n\n")
-
-
-async def test_events_come_when_they_are_made():
-    async with (
-        fleet("stream slowly") as (session, front, (replica,)),
-        session.post("/v1/chat/completions", json={"stream": True}) as answer,
-    ):
-        async with asyncio.timeout(5):
-            first = await answer.content.readline()
-        assert json.loads(first.removeprefix(b"data: "))["n"] == 0
-        assert front.in_flight == 1
-        replica.released.set()
-        assert (await answer.content.read()).endswith(b"data: [DONE]\n\n")
-
-
-async def test_a_client_that_goes_lets_its_replica_know():
-    async with fleet("stream slowly") as (session, front, _):
-        answer = await session.post("/v1/completions", json={"stream": True})
-        await answer.content.readline()
-        answer.close()
-        await until(lambda: not front.in_flight)
 
 
 async def test_where_all_refuse_the_client_hears_the_last():
@@ -446,38 +196,6 @@ async def test_conversations_stay_where_they_began():
         assert sorted(replica.asked for replica in replicas) == [0, 0, 6]
 
 
-async def test_a_websocket_is_joined_to_one_replica():
-    async with fleet("answer", "answer") as (session, front, replicas):
-        async with session.ws_connect("/v1/stream") as socket:
-            for number in range(3):
-                await socket.send_str(f"m{number}")
-                assert await socket.receive_str() == f"r0: m{number}"
-            assert front.in_flight == 1
-        assert [replica.asked for replica in replicas] == [1, 0]
-        _, _, _, headers = replicas[0].seen[0]
-        assert headers["Host"] == f"{session._base_url.host}:{session._base_url.port}"
-
-
-async def test_a_websocket_that_is_refused_is_refused_in_the_same_status():
-    async with fleet("refuse", "refuse") as (session, front, replicas):
-        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
-            await session.ws_connect("/v1/responses")
-        assert refused.value.status == 401
-        assert refused.value.headers["WWW-Authenticate"] == "Bearer"
-        assert [replica.asked for replica in replicas] == [1, 0]
-        assert not front.retried
-
-
-async def test_a_websocket_whose_replica_is_lost_is_closed_with_a_code():
-    async with fleet("die") as (session, front, _):
-        async with session.ws_connect("/v1/stream") as socket:
-            await socket.send_str("hello")
-            message = await socket.receive()
-            assert message.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED)
-            assert socket.close_code == 1011
-        assert front.cut_off == 1
-
-
 async def test_its_own_numbers_are_at_metrics():
     async with fleet("die", "answer") as (session, _, replicas):
         await ask(session, prompt="hello")
@@ -491,30 +209,3 @@ async def test_its_own_numbers_are_at_metrics():
         ):
             assert line in text
         assert replicas[1].asked == 1, "a replica was asked for them"
-
-
-async def test_a_body_that_is_too_large_is_refused_in_the_same_words():
-    async with fleet("answer") as (session, _, (replica,)):
-        body = io.BytesIO(json.dumps({"prompt": "x" * (2 << 20)}).encode())
-        async with session.post("/v1/completions", data=body) as answer:
-            assert answer.status == 413
-            assert (await answer.json())["error"]["code"] == "request_too_large"
-        assert replica.asked == 0
-
-
-async def test_a_body_that_is_compressed_or_never_comes_is_refused():
-    """Not a bomb for the front, nor a lie for a replica."""
-    late = ServerConfig(body_timeout_s=0.1)
-    async with fleet("answer", config=late) as (session, _, (replica,)):
-        packed = gzip.compress(b'{"prompt": "hello"}')
-        sent = {"data": packed, "headers": {"Content-Encoding": "gzip"}}
-        async with session.post("/v1/completions", **sent) as answer:
-            assert answer.status == 415
-
-        async def never():
-            yield b"{"
-            await asyncio.sleep(5)
-
-        async with session.post("/v1/completions", data=never()) as answer:
-            assert (await answer.json())["error"]["code"] == "body_timeout"
-        assert replica.asked == 0
