@@ -69,7 +69,6 @@ def started(model, folder, cache, *flags):
     sets = [flag for name in SETS for flag in ("--set", name)]
     environment = {**os.environ, "FASTSERVE_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
     environment |= {"COLUMNS": "300", "RAY_TMPDIR": "/tmp"}  # a socket's path must be short
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # most of a start is compiling
     command = [sys.executable, "-m", "fastserve_jax", "fleet", str(model), "--port", str(port)]
     with log.open("w") as out:
         process = subprocess.Popen(

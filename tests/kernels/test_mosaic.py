@@ -25,6 +25,7 @@ KERNELS["hopper"] = partial(KERNELS["gpu"], has_wgmma=True)
 
 # Minutes that tell little: their like is among the rest. `make aot` runs them.
 SELDOM = ("qwen2_mixed", "gpt2_few", "mixtral_few", "gemma3_local", "llama3_8b_decode")
+SELDOM += ("llama3_8b_long", "llama3_8b_int8")
 CHUNKS_ALONE = ("phi2_few", "llama3_8b_fp8", "gemma3_local_narrow")
 LIKE_ANOTHER = pytest.mark.skipif(
     "not config.getoption('-m')", reason="its like is among the rest: make aot runs it, too"
