@@ -21,7 +21,7 @@ FAMILIES = (*DENSE, *synthetic.WITH_EXPERTS)
 GREEDY = [number % 3 for number in range(1, 13)]  # of on_devices.requests
 SOME = ("llama", "mixtral")
 MESHES = {  # devices, the mesh, and who is tried on it
-    "two parts": (2, {"model": 2}, FAMILIES),
+    "two parts": (2, {"model": 2}, SOME),
     "two replicas of two parts": (4, {"data": 2, "model": 2}, SOME),
     "four parts, a KV head on two": (4, {"model": 4}, FAMILIES),
     "two groups of experts in two parts": (4, {"expert": 2, "model": 2}, synthetic.WITH_EXPERTS),
