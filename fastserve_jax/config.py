@@ -180,6 +180,10 @@ def _check_values(settings: Settings) -> None:
     if fleet.placement not in PLACEMENTS:
         choices = ", ".join(PLACEMENTS)
         raise ConfigError(f"fleet.placement is one of {choices}, not {fleet.placement}")
+    if not (fleet.cpus or fleet.gpus or fleet.tpus):
+        raise ConfigError(
+            "fleet.cpus, gpus and tpus are all 0: a host of a replica takes something"
+        )
     if settings.model.draft and engine.speculate == "off":
         raise ConfigError("model.draft is for guessing: engine.speculate is off")
     lowest = {

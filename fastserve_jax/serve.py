@@ -27,6 +27,8 @@ from fastserve_jax.server.lifecycle import serve
 from fastserve_jax.server.state import Served, ServerState
 from fastserve_jax.terminal import Bars, console, ready_lines
 
+_BLAME_S = 1.0  # a step may fail for want of a host before it is known which one is gone
+
 
 async def serve_model(
     reference: str,
@@ -107,6 +109,7 @@ async def _watch(engine: Engine, leader: Leader) -> None:
     """Where the engine stops by itself, the other hosts would wait for it."""
     await engine.ended()
     if engine.failure is not None:
+        await asyncio.sleep(_BLAME_S)
         leader.fail(f"a step failed on host 0: {engine.failure}")
 
 

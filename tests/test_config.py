@@ -54,6 +54,7 @@ def test_a_bare_word_is_a_string():
         ("engine.speculate=always", "auto, off"),
         ("model.dtype=int3", "auto, bf16, int8, f32"),
         ("server.port=70000", "65535"),
+        ("fleet.cpus=0", "gpus and tpus are all 0"),
         ("server.port=true", "server.port"),
     ],
 )

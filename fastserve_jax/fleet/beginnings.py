@@ -21,19 +21,23 @@ _LIMITS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 
 @dataclass(frozen=True, slots=True)
 class Beginnings:
-    """`names` of beginnings, each a block longer than the one before; `tokens` in all, about."""
+    """`names` of beginnings, each a block longer than the one before; `tokens` in all, about;
+    `follows` is the id of a response that it goes on from."""
 
-    names: tuple[bytes, ...]
-    tokens: float
+    names: tuple[bytes, ...] = ()
+    tokens: float = _MOST_ANSWER
+    follows: str = ""
 
 
 def beginnings(body: bytes) -> Beginnings:
     try:
         asked = json.loads(body)
-    except (ValueError, RecursionError):
-        asked = None
-    if not isinstance(asked, dict):
-        return Beginnings((), _MOST_ANSWER)
+        return _read(asked) if isinstance(asked, dict) else Beginnings()
+    except (ValueError, RecursionError):  # what json reads, it may be unable to write
+        return Beginnings()
+
+
+def _read(asked: dict[str, Any]) -> Beginnings:
     text = b"".join(_text(asked[key]) for key in _PROMPTS if key in asked)
     # What is not shared between models and salts is not looked for there, either.
     name = hashlib.blake2b(repr((asked.get("model"), asked.get("cache_salt"))).encode()).digest()
@@ -42,8 +46,13 @@ def beginnings(body: bytes) -> Beginnings:
         name = hashlib.blake2b(name + text[at : at + BLOCK_BYTES], digest_size=16).digest()
         names.append(name)
     limits = [asked[key] for key in _LIMITS if isinstance(asked.get(key), int)]
-    answer = min(max(0, *limits, 0), _MOST_ANSWER) if limits else _MOST_ANSWER
-    return Beginnings(tuple(names), len(text) / BYTES_PER_TOKEN + answer)
+    answer = min(max(0, *limits), _MOST_ANSWER) if limits else _MOST_ANSWER
+    follows = asked.get("previous_response_id")
+    return Beginnings(
+        tuple(names),
+        len(text) / BYTES_PER_TOKEN + answer,
+        follows if isinstance(follows, str) else "",
+    )
 
 
 def _text(value: Any) -> bytes:

@@ -6,18 +6,21 @@ How many there are follows the queue: one more while requests wait, one less whi
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import re
 import signal
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import ray
-from aiohttp import web
 
-from fastserve_jax.config import Settings
+from fastserve_jax.config import FleetSettings, Settings
 from fastserve_jax.core.routing import Router
 from fastserve_jax.errors import ConfigError
+from fastserve_jax.server.lifecycle import app_listening
 from fastserve_jax.terminal import Bars, console
 from fastserve_jax.weights.load import open_config
 
@@ -31,62 +34,74 @@ _WAITING = re.compile(rb"^fastserve:num_requests_waiting{[^}]*} (\S+)$", re.M)
 
 
 async def run_fleet(reference: str, settings: Settings, cache_dir: Path, ray_address: str) -> int:
-    """Until a signal. Returns the exit status; raises ConfigError."""
-    fleet = settings.fleet
+    """Until a signal. Returns the exit status; raises OperatorErrors."""
     with Bars() as bars:  # what cannot be served is found here, and not by each of them
         open_config(reference, cache_dir, bars.pull)
     _join(ray_address)
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for kind in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(kind, stop.set)
-    async with Front(Router(fleet.router, random.sample), settings.server.max_body_bytes) as front:
-
-        def joined(replica: Replica) -> None:
-            front.add(replica.name, replica.url)
-            console.print(f"{replica.name} is ready at {replica.url}", highlight=False)
-
-        def left(replica: Replica, why: str) -> None:
-            front.remove(replica.name)
-            console.print(f"{replica.name} is gone: {why}", highlight=False)
-
-        replicas = Replicas(reference, settings, str(cache_dir), joined, left)
-        async with _listening(front, settings) as url:
-            for _ in range(fleet.replicas):
-                replicas.grow()
-            console.print(f"{fleet.replicas} replicas of {reference}, at {url}", highlight=False)
-            watching = asyncio.create_task(_watch(front, replicas, settings))
-            await stop.wait()
-            watching.cancel()
-            console.print("stopping")
-            await replicas.close()
-    ray.shutdown()
+    for kind in (signal.SIGTERM, signal.SIGINT):  # after Ray, which takes them for itself
+        asyncio.get_running_loop().add_signal_handler(kind, stop.set)
+    try:
+        _check_accelerators(ray.cluster_resources(), settings.fleet, os.environ)
+        await _run(reference, settings, cache_dir, stop)
+    finally:
+        ray.shutdown()
     return 0
 
 
 def _join(address: str) -> None:
     try:
-        ray.init(address or None, log_to_driver=True, include_dashboard=False)
+        ray.init(address or "local", log_to_driver=True, include_dashboard=False)
     except (ConnectionError, ValueError) as error:
         raise ConfigError(f"no Ray at {address!r}: {error}") from error
 
 
-class _listening:
-    def __init__(self, front: Front, settings: Settings) -> None:
-        self._runner = web.AppRunner(front.app(), handler_cancellation=True, access_log=None)
-        self._host, self._port = settings.server.host, settings.server.port
+def _check_accelerators(
+    there: Mapping[str, float], fleet: FleetSettings, environment: Mapping[str, str]
+) -> None:
+    """Replicas that take none would serve on CPUs, without a word. Raises ConfigError."""
+    if fleet.gpus or fleet.tpus or environment.get("JAX_PLATFORMS") == "cpu":
+        return
+    for name in ("GPU", "TPU"):
+        if there.get(name):
+            setting = f"fleet.{name.lower()}s"
+            raise ConfigError(
+                f"Ray has {there[name]:.0f} {name}s here, and {setting} is 0: say how many a host "
+                f"of a replica takes, --set {setting}=1, or JAX_PLATFORMS=cpu to serve without"
+            )
 
-    async def __aenter__(self) -> str:
-        await self._runner.setup()
-        try:
-            await web.TCPSite(self._runner, self._host, self._port).start()
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {self._host}:{self._port}: {error}") from error
-        host, port = self._runner.addresses[0][:2]
-        return f"http://{host}:{port}"
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._runner.cleanup()
+async def _run(reference: str, settings: Settings, cache_dir: Path, stop: asyncio.Event) -> None:
+    """Until `stop`; raises what ends it before."""
+    async with Front(Router(settings.fleet.router, random.sample), settings.server) as front:
+
+        def joined(replica: Replica) -> None:
+            front.add(replica.name, replica.url)
+            console.print(f"{replica.name} is ready at {replica.url}")
+
+        def left(replica: Replica, why: str) -> None:
+            front.remove(replica.name, is_lost=not replica.is_retiring)
+            console.print(f"{replica.name} is gone: {why}", markup=False)
+
+        replicas = Replicas(reference, settings, str(cache_dir), joined, left)
+        async with app_listening(front.app(), settings.server) as url:
+            count = settings.fleet.replicas
+            for _ in range(count):
+                replicas.grow()
+            console.print(f"{count} replicas of {reference}, at {url}")
+            watching = asyncio.create_task(_watch(front, replicas, settings))
+            stopping = asyncio.create_task(stop.wait())
+            ends: set[asyncio.Future[Any]] = {stopping, watching, replicas.failed}
+            try:
+                ended, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                for end in ended:
+                    end.result()
+            finally:
+                console.print("stopping")
+                watching.cancel()
+                stopping.cancel()
+                front.stop()
+                await replicas.close()
 
 
 async def _watch(front: Front, replicas: Replicas, settings: Settings) -> None:
@@ -98,27 +113,40 @@ async def _watch(front: Front, replicas: Replicas, settings: Settings) -> None:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(LOOK_S)) as session:
         while True:
             await asyncio.sleep(LOOK_S)
-            urls = dict(front.urls)
-            looks = await asyncio.gather(*(_waiting(session, url) for url in urls.values()))
-            found = dict(zip(urls, looks, strict=True))
+            peers = [*front.peers.values()]
+            looks = await asyncio.gather(*(_waiting(session, peer.url) for peer in peers))
+            found = {peer.name: look for peer, look in zip(peers, looks, strict=True)}
             silent = {name: silent.get(name, 0) + 1 for name, look in found.items() if look is None}
             for name, times in silent.items():
                 if times == SILENT_LOOKS:
-                    console.print(f"{name} does not answer and is replaced", highlight=False)
-                    front.remove(name)
+                    console.print(f"{name} does not answer and is replaced")
+                    front.remove(name, is_lost=True)
                     replicas.replace(name)
             waiting = sum(look or 0.0 for look in looks)
-            there, busy = len(replicas.replicas), sum(front.in_flight.values())
-            crowded = crowded + 1 if urls and waiting / len(urls) > MOST_WAITING else 0
+            there, busy = len(replicas.replicas), front.in_flight
+            crowded = crowded + 1 if peers and waiting / len(peers) > MOST_WAITING else 0
             idle = idle + 1 if busy < there - 1 else 0
-            if crowded >= GROW_LOOKS and len(urls) == there < most:
+            if crowded >= GROW_LOOKS and len(peers) == there < most:
                 crowded = 0
                 console.print(f"{waiting:.0f} requests wait: {there + 1} replicas")
                 replicas.grow()
             elif idle >= SHRINK_LOOKS and there > least:
-                idle = 0
-                console.print(f"{busy} requests are there: {there - 1} replicas")
-                await replicas.retire(replicas.replicas[-1])
+                replica = _idle(front, replicas)
+                if replica is not None:
+                    idle = 0
+                    console.print(f"{busy} requests are there: {there - 1} replicas")
+                    replicas.retire(replica)
+
+
+def _idle(front: Front, replicas: Replicas) -> Replica | None:
+    """One that does nothing for anybody; one that is not ready before any other, then the last."""
+
+    def in_flight(replica: Replica) -> int:
+        peer = front.peers.get(replica.name)
+        return -1 if peer is None else peer.in_flight
+
+    found = min(reversed(replicas.replicas), key=in_flight)
+    return found if in_flight(found) <= 0 else None
 
 
 async def _waiting(session: aiohttp.ClientSession, url: str) -> float | None:

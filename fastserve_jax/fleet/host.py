@@ -1,23 +1,36 @@
 """One process of Ray's, and in it one host of one replica: the server itself, or one that follows.
 
-What it runs is `fastserve serve`, in a thread; when that ends, so does the process, which is how
-whoever watches it learns of it. Knows nothing of other replicas.
+What it runs is `fastserve serve`, in a thread; when that ends, so does the process, a moment
+after it said why to whoever watches it. Knows nothing of other replicas.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from socket import create_server
 
 from fastserve_jax.config import Settings
-from fastserve_jax.errors import FastServeError
+from fastserve_jax.errors import OperatorError
 from fastserve_jax.group.membership import Membership
+
+LAST_WORDS_S = 1.0  # for whoever watches to hear why
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """With the status that the process ends with."""
+
+    status: int
+    why: str
 
 
 class Host:
@@ -26,8 +39,10 @@ class Host:
 
     def __init__(self) -> None:
         self._url: str | None = None
+        self._end: End | None = None
+        self._stop: Callable[[], object] | None = None
+        self._is_asked_to_stop = False
         self._changed = threading.Condition()
-        self._stop: Callable[[], object] = lambda: None
 
     def coordinator(self) -> str:
         """An address for hosts of a group to meet at, if this one leads: two free ports."""
@@ -49,7 +64,7 @@ class Host:
     def _run(
         self, reference: str, settings: Settings, cache_dir: Path, membership: Membership
     ) -> None:
-        status = 1
+        end = End(1, "it failed")
         try:
             if membership.leads:
                 status = asyncio.run(_serve(self, reference, settings, cache_dir, membership))
@@ -57,14 +72,25 @@ class Host:
                 from fastserve_jax.follow import follow_model
 
                 status = follow_model(reference, settings, cache_dir, membership)
-        except FastServeError as error:
-            print(f"fastserve: {error}", flush=True)
-            status = 2
+            end = End(status, "it stopped")
+        except OperatorError as error:
+            end = End(error.exit_status, str(error))
+        except BaseException as error:
+            traceback.print_exc()
+            end = End(1, f"{type(error).__name__}: {error}")
         finally:
-            os._exit(status)
+            with self._changed:
+                self._end = end
+                self._changed.notify_all()
+            sys.stderr.flush()
+            time.sleep(LAST_WORDS_S)
+            os._exit(end.status)
 
     def running(self, stop: Callable[[], object]) -> None:
-        self._stop = stop
+        with self._changed:
+            self._stop = stop
+            if self._is_asked_to_stop:
+                stop()
 
     def ready(self, url: str) -> None:
         with self._changed:
@@ -80,15 +106,18 @@ class Host:
         return f"http://{_own_address()}:{port}"
 
     def stop(self) -> None:
-        """In order: what was accepted is finished."""
-        self._stop()
+        """In order: what was accepted is finished. What does not run yet stops when it does."""
+        with self._changed:
+            self._is_asked_to_stop = True
+            if self._stop is not None:
+                self._stop()
 
-    def process(self) -> int:
-        return os.getpid()
-
-    def outlive(self) -> None:
-        """Never returns: whoever waits for it hears when the process is gone."""
-        threading.Event().wait()
+    def outlive(self) -> End:
+        """Waits for the end; whoever does hears, too, when the process is gone without a word."""
+        with self._changed:
+            while self._end is None:
+                self._changed.wait()
+            return self._end
 
 
 async def _serve(

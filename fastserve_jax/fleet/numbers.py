@@ -10,18 +10,19 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from .peer import Peer
+
 __all__ = ["CONTENT_TYPE_LATEST", "text_of"]
 
 
 class Counted(Protocol):
     @property
-    def urls(self) -> Mapping[str, str]: ...
+    def peers(self) -> Mapping[str, Peer]: ...
     @property
-    def in_flight(self) -> Mapping[str, int]: ...
+    def cut_off(self) -> int: ...
 
     asked: int
     retried: int
-    cut_off: int
     refused: int
 
 
@@ -40,11 +41,11 @@ class _Numbers(Collector):
         for name, (count, text) in counts.items():
             yield CounterMetricFamily(f"fastserve:fleet_{name}", text, value=count)
         ready = "Replicas that are ready."
-        yield GaugeMetricFamily("fastserve:fleet_replicas", ready, value=len(front.urls))
+        yield GaugeMetricFamily("fastserve:fleet_replicas", ready, value=len(front.peers))
         text = "Requests that each replica has."
         running = GaugeMetricFamily("fastserve:fleet_in_flight", text, labels=["replica"])
-        for replica in front.urls:
-            running.add_metric([replica], front.in_flight.get(replica, 0))
+        for peer in front.peers.values():
+            running.add_metric([peer.name], peer.in_flight)
         yield running
 
 

@@ -1,7 +1,8 @@
 """Keeps so many replicas alive on Ray: each a placement group with an actor for each of its hosts.
 
-Where one host of a replica ends, all do, and the replica starts again, wherever there is room.
-Ray places, starts and watches; here is only what belongs together. Knows no requests.
+Where one host of a replica ends, all do, and the replica starts again, wherever there is room; but
+not what a person must mend before any replica was ready. Ray places, starts and watches; here is
+only what belongs together. Knows no requests.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fastserve_jax.config import FleetSettings, Settings
+from fastserve_jax.errors import OperatorError
 from fastserve_jax.group.membership import Membership
 
-from .host import Host
+from .host import End, Host
 
 MOST_WAIT_S = 30.0  # between two tries of a replica that does not become ready
+ROOM_S = 10.0  # before it is said that there is none
 STOP_S = 40.0  # for one that is asked to stop: longer than it takes to drain
 
 _log = logging.getLogger(__name__)
@@ -37,11 +40,12 @@ class Replica:
     url: str = ""  # while it is ready
     task: asyncio.Task[None] | None = None
     hosts: tuple[Any, ...] = ()
-    retiring: bool = False
+    is_retiring: bool = False
 
 
 class Replicas:
-    """`joined` and `left` hear of every replica that is ready, and no longer, on the loop."""
+    """`joined` hears of every start that is ready, `left` of every one that ends, on the loop;
+    `failed` raises what a person must mend."""
 
     def __init__(
         self,
@@ -58,26 +62,30 @@ class Replicas:
         self._settings = dataclasses.replace(settings, server=server)
         self._joined, self._left = joined, left
         self.replicas: list[Replica] = []
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._retiring: set[asyncio.Task[None]] = set()
         self._named = 0
+        self._was_ready = False  # any of them, ever
 
-    def grow(self) -> Replica:
+    def grow(self) -> None:
         replica = Replica()
         self.replicas.append(replica)
         replica.task = asyncio.create_task(self._keep(replica))
-        return replica
 
-    async def retire(self, replica: Replica) -> None:
-        """Takes it out, lets it finish, and does not start it again."""
-        replica.retiring = True
+    def retire(self, replica: Replica) -> None:
+        """Takes it out, lets it finish, which takes a while, and does not start it again."""
+        task = replica.task
+        assert task is not None
+        replica.is_retiring = True
+        self.replicas.remove(replica)
         self._leave(replica, "no longer needed")
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
         if replica.hosts:
             replica.hosts[0].stop.remote()
-        assert replica.task is not None
-        done, _ = await asyncio.wait({replica.task}, timeout=STOP_S)
-        if not done:
-            replica.task.cancel()
-            await asyncio.wait({replica.task})
-        self.replicas.remove(replica)
+            asyncio.get_running_loop().call_later(STOP_S, task.cancel)
+        else:
+            task.cancel()
 
     def replace(self, name: str) -> None:
         """One that is there and does not answer."""
@@ -87,18 +95,29 @@ class Replicas:
                     ray.kill(host)
 
     async def close(self) -> None:
-        await asyncio.gather(*(self.retire(replica) for replica in [*self.replicas]))
+        for replica in [*self.replicas]:
+            self.retire(replica)
+        if self._retiring:
+            await asyncio.wait(self._retiring)
 
     async def _keep(self, replica: Replica) -> None:
         wait_s = 1.0
-        while not replica.retiring:
+        while not replica.is_retiring:
             replica.name, self._named = f"replica {self._named}", self._named + 1
-            group = placement_group(self._bundles(), strategy=self._fleet.placement)
+            end, was_ready = End(1, "it was not kept"), False
             try:
-                was_ready = await self._live(replica, group)
+                end = await self._live(replica)
+            except RayError as error:
+                end = End(1, str(error).partition("\n")[0])
+            except Exception as error:  # tried again: nobody else would
+                _log.exception("%s cannot be kept", replica.name)
+                end = End(1, str(error))
             finally:
-                self._end(replica, group)
-            if replica.retiring:
+                was_ready = bool(replica.url)
+                self._leave(replica, end.why)
+            if end.status == OperatorError.exit_status and not self._was_ready:
+                if not self.failed.done():
+                    self.failed.set_exception(OperatorError(end.why))
                 return
             wait_s = 1.0 if was_ready else min(2 * wait_s, MOST_WAIT_S)
             await asyncio.sleep(wait_s)
@@ -108,11 +127,11 @@ class Replicas:
         one = {"CPU": fleet.cpus, "GPU": fleet.gpus, "TPU": fleet.tpus}
         return [{name: count for name, count in one.items() if count}] * fleet.hosts
 
-    async def _live(self, replica: Replica, group: PlacementGroup) -> bool:
-        """Until one of its hosts ends; whether it had been ready."""
-        why = "it ended"
+    async def _live(self, replica: Replica) -> End:
+        """Until one of its hosts ends."""
+        group = placement_group(self._bundles(), strategy=self._fleet.placement)
         try:
-            await group.ready()
+            await self._room(replica, group)
             replica.hosts = tuple(self._actor(group, number) for number in range(self._fleet.hosts))
             ends = [
                 asyncio.ensure_future(_awaited(host.outlive.remote())) for host in replica.hosts
@@ -120,21 +139,31 @@ class Replicas:
             ready = asyncio.ensure_future(self._ready(replica))
             try:
                 await asyncio.wait({ready, *ends}, return_when=asyncio.FIRST_COMPLETED)
-                if ready.done() and not any(end.done() for end in ends):
-                    replica.url = ready.result()
+                is_ready = ready.done() and not any(end.done() for end in ends)
+                if is_ready and not replica.is_retiring:
+                    replica.url, self._was_ready = ready.result(), True
                     self._joined(replica)
-                    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-                why = next((_reason(end) for end in ends if end.done()), why)
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                return next(_end(end) for end in ends if end.done())
             finally:
                 for future in (ready, *ends):
                     future.cancel()
-        except RayError as error:
-            why = str(error).partition("\n")[0]
-        was_ready = bool(replica.url)
-        if not replica.retiring:
-            _log.warning("%s is gone, another is started: %s", replica.name, why)
-        self._leave(replica, why)
-        return was_ready
+        finally:
+            for host in replica.hosts:
+                ray.kill(host)
+            replica.hosts = ()
+            remove_placement_group(group)
+
+    async def _room(self, replica: Replica, group: PlacementGroup) -> None:
+        room = asyncio.ensure_future(_awaited(group.ready()))
+        try:
+            await asyncio.wait({room}, timeout=ROOM_S)
+            if not room.done():
+                wanted = f"{self._fleet.hosts} x {self._bundles()[0]}"
+                _log.warning("%s waits for room on Ray's nodes: it wants %s", replica.name, wanted)
+            await room
+        finally:
+            room.cancel()
 
     def _actor(self, group: PlacementGroup, number: int) -> Any:
         fleet = self._fleet
@@ -160,24 +189,21 @@ class Replicas:
         return url
 
     def _leave(self, replica: Replica, why: str) -> None:
-        if replica.url:
-            replica.url = ""
+        """Once for every start."""
+        if replica.name:
             self._left(replica, why)
-
-    def _end(self, replica: Replica, group: PlacementGroup) -> None:
-        for host in replica.hosts:
-            ray.kill(host)
-        replica.hosts = ()
-        remove_placement_group(group)
+            replica.name = replica.url = ""
 
 
 async def _awaited(reference: Any) -> Any:
     return await reference
 
 
-def _reason(end: asyncio.Future[Any]) -> str:
-    """The line of Ray's long answer that says it."""
-    error = None if end.cancelled() else end.exception()
+def _end(end: asyncio.Future[End]) -> End:
+    """As the host said; or else the line of Ray's long answer that says it."""
+    error = end.exception()
+    if error is None:
+        return end.result()
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "died" in line or "exit" in line]
-    return (telling or lines or ["it ended"])[0]
+    return End(1, (telling or lines or ["it ended"])[0])

@@ -14,6 +14,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from fastserve_jax.api import wire
 from fastserve_jax.errors import BodyTooLarge, FastServeError, InvalidRequest, UnsupportedMedia
+from fastserve_jax.server.config import ServerConfig
 from fastserve_jax.server.state import ServerState
 
 STATE = web.AppKey("state", ServerState)
@@ -23,23 +24,26 @@ OWNER = web.RequestKey("owner", str)  # digest of the API key used, "" without k
 
 async def read_json[T](request: web.Request, kind: type[T]) -> T:
     """The body as `kind`. Raises UnsupportedMedia, BodyTooLarge or InvalidRequest."""
-    config = request.app[STATE].config
     if request.content_type != "application/json":
         raise UnsupportedMedia("send the body as JSON, with Content-Type: application/json")
+    return wire.decode(await read_body(request, request.app[STATE].config), kind)
+
+
+async def read_body(request: web.Request, config: ServerConfig) -> bytes:
+    """Raises as read_json does."""
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise UnsupportedMedia("compressed bodies are not accepted: leave Content-Encoding out")
     if (request.content_length or 0) > config.max_body_bytes:
         raise BodyTooLarge(f"the body is larger than {config.max_body_bytes} bytes")
     try:
         async with asyncio.timeout(config.body_timeout_s):
-            body = await request.read()
+            return await request.read()
     except TimeoutError:
         raise InvalidRequest("the body did not arrive in time", code="body_timeout") from None
     except web.HTTPRequestEntityTooLarge:
         raise BodyTooLarge(f"the body is larger than {config.max_body_bytes} bytes") from None
     except (web.RequestPayloadError, HttpProcessingError):
         raise InvalidRequest("the body is not well-formed HTTP") from None
-    return wire.decode(body, kind)
 
 
 def json_answer(value: object, status: int = 200) -> web.Response:

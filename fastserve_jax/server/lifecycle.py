@@ -11,12 +11,13 @@ import logging
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 
 from aiohttp import web
 
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.server.app import create_app
+from fastserve_jax.server.config import ServerConfig
 from fastserve_jax.server.state import ServerState
 
 LAST_BYTES_S = 1.0  # for answers already made to reach their readers
@@ -24,15 +25,18 @@ LAST_BYTES_S = 1.0  # for answers already made to reach their readers
 _log = logging.getLogger(__name__)
 
 
+def listening(state: ServerState) -> AbstractAsyncContextManager[str]:
+    return app_listening(create_app(state), state.config)
+
+
 @asynccontextmanager
-async def listening(state: ServerState) -> AsyncIterator[str]:
-    """Serve `state` while inside; gives the URL. Leaving closes every connection.
+async def app_listening(app: web.Application, config: ServerConfig) -> AsyncIterator[str]:
+    """Serve `app` while inside; gives the URL. Leaving closes every connection.
 
     Raises ConfigError when the address cannot be had.
     """
-    config = state.config
     runner = web.AppRunner(
-        create_app(state),
+        app,
         handle_signals=False,
         handler_cancellation=True,
         access_log=None,

@@ -71,10 +71,18 @@ def planned(folder, model, chip, *arguments):
 LARGE = ("llama-3-70b", "mixtral-8x7b")
 PODS = ("v5e:4x4", "v5e:8x8", "v6e:16x16", "v5e:4x4*2")
 WANTED = [("llama-3-8b", "v5e:2x2"), *((model, pod) for model in LARGE for pod in PODS)]
+LIKE_ANOTHER = [(LARGE[0], PODS[0]), (LARGE[0], PODS[1]), (LARGE[1], PODS[2]), (LARGE[1], PODS[3])]
 ON_GPUS = [("llama-3-8b", "h100"), *((model, "h100x8") for model in LARGE)]
 
 
-@pytest.mark.parametrize("where", of("tpu", WANTED) + of("gpu", ON_GPUS), ids="-".join)
+def where():
+    """A pod that is like another takes minutes more: `make pods`."""
+    for found in of("tpu", WANTED) + of("gpu", ON_GPUS):
+        marks = [*found.marks, *([pytest.mark.pods] if found.values[0] in LIKE_ANOTHER else [])]
+        yield pytest.param(*found.values, marks=marks, id="-".join(found.values[0]))
+
+
+@pytest.mark.parametrize("where", list(where()))
 def test_the_step_fits_and_is_what_it_was_meant_to_be(tmp_path, where):
     model, chip = where
     layers = SIZES[model]["num_hidden_layers"]

@@ -129,6 +129,7 @@ def test_probes_give_it_time_and_leave_it_none_to_be_broken(name):
     assert leader["livenessProbe"]["httpGet"]["path"] == "/health"
     grace = templates(name)[0]["spec"]["terminationGracePeriodSeconds"]
     wait = leader["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert container(templates(name)[1])["lifecycle"] == leader["lifecycle"], "it stops the group"
     assert wait + ServerConfig().drain_timeout_s < grace
     assert "livenessProbe" not in container(templates(name)[1]), "nothing listens there"
     (port,) = [p["containerPort"] for p in leader["ports"] if p["name"] == "http"]
@@ -138,6 +139,9 @@ def test_probes_give_it_time_and_leave_it_none_to_be_broken(name):
 @pytest.mark.parametrize("name", GROUPS)
 def test_labels_lead_from_one_to_the_other(name):
     leader, worker = (template["metadata"]["labels"] for template in templates(name))
+    assert beside("Service")["metadata"]["name"] != group(name)["metadata"]["name"], (
+        "a group's own Service is made only where none has its name"
+    )
     service = beside("Service")["spec"]
     assert service["selector"].items() <= leader.items()
     assert not service["selector"].items() <= worker.items()
@@ -181,6 +185,11 @@ def test_the_image_is_made_of_what_is_here():
     named = re.findall(r"\b(tpu|cuda\d+|hub)\b", said)
     assert set(named) == {"tpu", "cuda12", "cuda13", "hub"}
     assert set(named) <= set(extras)
+    environment = dict(re.findall(r"(\w+)=(\S+)", next(x for x in lines if x.startswith("ENV"))))
+    for name in GROUPS:
+        mounts = {m["name"]: m["mountPath"] for m in container(templates(name)[1])["volumeMounts"]}
+        for kept in ("FASTSERVE_CACHE", "HF_HOME"):
+            assert environment[kept].startswith(mounts["cache"] + "/")
     (user,) = [line.split()[1] for line in lines if line.startswith("USER")]
     assert user != "root"
     for name in GROUPS:

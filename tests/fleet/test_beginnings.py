@@ -10,6 +10,8 @@ from fastserve_jax.fleet.beginnings import BLOCK_BYTES, BYTES_PER_TOKEN, beginni
 
 LONG = "All happy families are alike; each unhappy one is unhappy in its own way. " * 40
 
+DEEP = b'{"prompt": ' + b"[" * 1000 + b"]" * 1000 + b"}"
+
 
 def of(**body):
     return beginnings(json.dumps(body).encode())
@@ -51,7 +53,7 @@ def test_what_a_request_weighs():
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"prompt": 3, "max_tokens": "x"}'],
+    [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, DEEP, b'{"prompt": 3, "max_tokens": "x"}'],
 )
 def test_what_is_no_request_is_a_replicas_to_refuse(body):
     assert beginnings(body).tokens >= 0

@@ -21,7 +21,7 @@ from tests.serve.test_hosts import free_port
 STREAMS = 32
 MOST_S = 120.0  # until a killed replica serves again: most of it is its start
 SETS = ("model.dtype=f32", "engine.max_slots=8", "engine.max_context=256")
-SETS += ("engine.step_tokens=16", "engine.speculate=off")  # fewer programs
+SETS += ("engine.step_tokens=16", "engine.speculate=off", "mesh.cpu_devices=1")  # fewer programs
 
 
 class Fleet:
@@ -49,9 +49,18 @@ class Fleet:
     def hosts(self):
         """Processes of Ray's that serve, of this fleet."""
         listed = subprocess.run(
-            ["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True
+            ["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True
         )
-        return [int(pid) for pid in re.findall(r"^ *(\d+) ray::Host", listed.stdout, re.M)]
+        found = re.findall(r"^ *(\d+) +(\d+) (.*)$", listed.stdout, re.M)
+        above = {int(pid): int(parent) for pid, parent, _ in found}
+
+        def is_ours(pid):
+            while pid and pid != self.process.pid:
+                pid = above.get(pid)
+            return bool(pid)
+
+        hosts = [int(pid) for pid, _, args in found if args.startswith("ray::Host")]
+        return [pid for pid in hosts if is_ours(pid)]
 
 
 @contextmanager
@@ -113,7 +122,7 @@ def test_a_replica_is_killed_in_the_middle_of_streams(model, tmp_path):
         victim = fleet.hosts()[0]
         ends = asyncio.run(streams(fleet.url, lambda: os.kill(victim, signal.SIGKILL)))
         finished = [lines for _, lines in ends if lines[-1].strip() == b"data: [DONE]"]
-        lost = [lines for _, lines in ends if b'"code": "replica_lost"' in lines[-1]]
+        lost = [lines for _, lines in ends if b'"code":"replica_lost"' in lines[-1]]
         assert len(finished) + len(lost) == STREAMS, "one ended without a word"
         assert len(lost) > 0, "nobody was in the middle of anything"
         assert len(finished) >= STREAMS // 4, "the other replica's did not go on"
@@ -143,8 +152,21 @@ def test_a_model_that_is_none_is_said_at_once(tmp_path):
     assert "no model" in done.stderr
 
 
+def test_what_a_person_must_mend_ends_it(model, tmp_path):
+    sets = ("--set", "engine.policy=none-such", "--set", "mesh.cpu_devices=1")
+    done = subprocess.run(
+        [sys.executable, "-m", "fastserve_jax", "fleet", str(model), "--port", "0", *sets],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "RAY_TMPDIR": "/tmp"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr[-4000:]
+    assert "none-such" in done.stderr.splitlines()[-1]
+
+
 def test_a_replica_of_two_hosts_starts_again_as_a_whole(model, tmp_path):
-    flags = ("--replicas", "1", "--hosts", "2", "--set", "mesh.cpu_devices=1")
+    flags = ("--replicas", "1", "--hosts", "2")
     with started(model, tmp_path, tmp_path / "cache", *flags) as fleet:
         fleet.until(lambda: fleet.ready() == 1, 180)
         assert complete(fleet.url).startswith(", there was a little girl named")

@@ -9,10 +9,12 @@ from fastserve_jax.config import load_settings
 from fastserve_jax.core.routing import Router
 from fastserve_jax.fleet import command
 from fastserve_jax.fleet.front import Front
+from fastserve_jax.fleet.replicas import Replica
+from tests.fleet.kit import until
 
 
 class Replicas:
-    """As many names as there are, ready at once."""
+    """As many as there are, ready at once."""
 
     def __init__(self, front, count):
         self.front, self.replicas, self.replaced, self.made = front, [], [], 0
@@ -22,12 +24,16 @@ class Replicas:
     def grow(self):
         name = f"r{self.made}"
         self.made += 1
-        self.replicas.append(name)
+        self.replicas.append(Replica(name))
         self.front.add(name, f"http://{name}")
 
-    async def retire(self, name):
-        self.replicas.remove(name)
-        self.front.remove(name)
+    def retire(self, replica):
+        self.replicas.remove(replica)
+        self.front.remove(replica.name, is_lost=False)
+
+    @property
+    def names(self):
+        return [replica.name for replica in self.replicas]
 
     def replace(self, name):
         self.replaced.append(name)
@@ -43,11 +49,6 @@ class Watched:
     async def _waiting(self, session, url):
         return self.waiting.get(url, 0.0)
 
-    async def until(self, happens):
-        async with asyncio.timeout(5):
-            while not happens():  # noqa: ASYNC110  there is nobody to say so
-                await asyncio.sleep(0.001)
-
 
 @pytest.fixture
 def watched(monkeypatch):
@@ -59,7 +60,7 @@ class Running:
         self.settings = load_settings(None, sets)
 
     async def __aenter__(self):
-        self.front = await Front(Router("least", random.sample), 1 << 20).__aenter__()
+        self.front = await Front(Router("least", random.sample), self.settings.server).__aenter__()
         self.replicas = Replicas(self.front, self.settings.fleet.replicas)
         watching = command._watch(self.front, self.replicas, self.settings)
         self.task = asyncio.create_task(watching)
@@ -73,18 +74,38 @@ class Running:
 
 async def test_there_are_more_while_requests_wait_and_fewer_when_few_are_there(watched):
     async with Running("fleet.replicas=2", "fleet.max_replicas=4") as fleet:
-        fleet.front.in_flight["r0"] = 9
+        fleet.front.peers["r0"].in_flight = 9
         watched.waiting = {"http://r0": 30.0}
-        await watched.until(lambda: len(fleet.replicas.replicas) == 4)
+        await until(lambda: len(fleet.replicas.replicas) == 4)
         await asyncio.sleep(0.05)
         assert len(fleet.replicas.replicas) == 4, "more than the most"
         watched.waiting = {}
         await asyncio.sleep(0.05)
         assert len(fleet.replicas.replicas) == 4, "nine requests are there"
-        fleet.front.in_flight["r0"] = 1
-        await watched.until(lambda: fleet.replicas.replicas == ["r0", "r1"])
+        fleet.front.peers["r0"].in_flight = 1
+        await until(lambda: fleet.replicas.names == ["r0", "r1"])
         await asyncio.sleep(0.05)
-        assert fleet.replicas.replicas == ["r0", "r1"], "fewer than asked for"
+        assert fleet.replicas.names == ["r0", "r1"], "fewer than asked for"
+
+
+async def test_none_that_has_requests_is_taken_away(watched):
+    async with Running("fleet.replicas=2", "fleet.max_replicas=4") as fleet:
+        fleet.replicas.grow()
+        fleet.replicas.grow()
+        for name in ("r1", "r3"):
+            fleet.front.peers[name].in_flight = 1
+        await until(lambda: fleet.replicas.names == ["r0", "r1", "r3"])
+        await asyncio.sleep(0.05)
+        assert fleet.replicas.names == ["r0", "r1", "r3"], "two requests are there"
+        fleet.front.peers["r3"].in_flight = 0
+        await until(lambda: fleet.replicas.names == ["r0", "r1"])
+
+
+async def test_one_that_is_not_ready_goes_first(watched):
+    async with Running("fleet.replicas=1", "fleet.max_replicas=4") as fleet:
+        fleet.replicas.replicas.append(Replica("waits for room"))
+        fleet.replicas.grow()
+        await until(lambda: fleet.replicas.names == ["r0", "r1"])
 
 
 async def test_a_short_queue_is_no_reason(watched):
@@ -98,16 +119,16 @@ async def test_without_a_higher_number_there_are_as_many_as_asked(watched):
     async with Running("fleet.replicas=2") as fleet:
         watched.waiting = {"http://r0": 1000.0}
         await asyncio.sleep(0.1)
-        assert fleet.replicas.replicas == ["r0", "r1"]
+        assert fleet.replicas.names == ["r0", "r1"]
 
 
 async def test_who_does_not_answer_for_a_while_is_replaced_once(watched):
     async with Running("fleet.replicas=2") as fleet:
         watched.waiting = {"http://r1": None}
-        await watched.until(lambda: fleet.replicas.replaced)
+        await until(lambda: fleet.replicas.replaced)
         await asyncio.sleep(0.05)
         assert fleet.replicas.replaced == ["r1"]
-        assert list(fleet.front.urls) == ["r0"], "it is still asked"
+        assert list(fleet.front.peers) == ["r0"], "it is still asked"
 
 
 async def test_a_moment_without_an_answer_is_none(watched, monkeypatch):
@@ -120,5 +141,5 @@ async def test_a_moment_without_an_answer_is_none(watched, monkeypatch):
 
     monkeypatch.setattr(command, "_waiting", mostly_none)
     async with Running("fleet.replicas=2") as fleet:
-        await watched.until(lambda: looks > 40)
+        await until(lambda: looks > 40)
         assert not fleet.replicas.replaced

@@ -25,6 +25,8 @@ KERNELS["hopper"] = partial(KERNELS["gpu"], has_wgmma=True)
 
 # Minutes that tell little: their like is among the rest. `make aot` runs them.
 SELDOM = ("qwen2_mixed", "gpt2_few", "mixtral_few", "gemma3_local", "llama3_8b_decode")
+SELDOM += ("llama3_8b_long", "llama3_8b_int8")
+SELDOM_ON_GPUS = ("qwen3_mixed", "smollm2_decode", "phi3_medium_few", "gemma3_global", "phi2_few")
 CHUNKS_ALONE = ("phi2_few", "llama3_8b_fp8", "gemma3_local_narrow")
 LIKE_ANOTHER = pytest.mark.skipif(
     "not config.getoption('-m')", reason="its like is among the rest: make aot runs it, too"
@@ -34,9 +36,9 @@ RUNS = [
         chip,
         case,
         id=f"{chip}-{case.name}",
-        marks=[LIKE_ANOTHER, pytest.mark.aot] if case.name in SELDOM else [],
+        marks=[LIKE_ANOTHER, pytest.mark.aot] if case.name in seldom else [],
     )
-    for chip in KERNELS
+    for chip, seldom in (("tpu", SELDOM), ("gpu", SELDOM + SELDOM_ON_GPUS), ("hopper", SELDOM))
     for case in cases.ATTENTION
     if chip == "tpu" or case.head_dim % 16 == 0
     if chip != "hopper" or case.name in CHUNKS_ALONE  # rows of one token are multiplied as ever

@@ -15,6 +15,7 @@ os.environ |= {"JAX_PLATFORMS": "cpu"}
 import jax
 import jax.numpy as jnp
 
+from fastserve_jax.models.decoder import abstract
 from fastserve_jax.models.precision import Precision
 from fastserve_jax.reading import Division, read
 from fastserve_jax.runtime.hosts import join, part
@@ -30,10 +31,12 @@ def most_bytes():
 
 
 def main(folder, host, coordinator):
-    join(coordinator, HOSTS, int(host))
+    join(coordinator, HOSTS, int(host), 120)
     files = open_model(folder, Path("nowhere"))
     division = Division(make_mesh(jax.devices(), 1, HOSTS))
-    params = read(files, Precision(jnp.bfloat16), division, Path("nowhere"), lambda *_: None)
+    precision = Precision(jnp.bfloat16)
+    _, empty = abstract(files.config, precision, division.parts)
+    params = read(files, precision, empty, division, Path("nowhere"), lambda *_: None)
     leaves = jax.block_until_ready(jax.tree.leaves(params))
     held = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
     line = {"held": held, "most": most_bytes(), "whole": files.size_bytes}

@@ -18,14 +18,14 @@ from tests.weights import synthetic
 
 DENSE = ("llama", "qwen2", "qwen3", "gemma3", "gpt2")
 FAMILIES = (*DENSE, *synthetic.WITH_EXPERTS)
-QUICK = "--xla_backend_optimization_level=0"  # to compile takes longer than to run
 GREEDY = [number % 3 for number in range(1, 13)]  # of on_devices.requests
-MESHES = {  # devices, and the mesh; the last two for experts alone
-    "two parts": (2, {"model": 2}),
-    "two replicas of two parts": (4, {"data": 2, "model": 2}),
-    "four parts, a KV head on two": (4, {"model": 4}),
-    "two groups of experts in two parts": (4, {"expert": 2, "model": 2}),
-    "four groups of experts": (4, {"expert": 4}),
+SOME = ("llama", "mixtral")
+MESHES = {  # devices, the mesh, and who is tried on it
+    "two parts": (2, {"model": 2}, SOME),
+    "two replicas of two parts": (4, {"data": 2, "model": 2}, SOME),
+    "four parts, a KV head on two": (4, {"model": 4}, FAMILIES),
+    "two groups of experts in two parts": (4, {"expert": 2, "model": 2}, synthetic.WITH_EXPERTS),
+    "four groups of experts": (4, {"expert": 4}, synthetic.WITH_EXPERTS),
 }
 
 
@@ -60,7 +60,7 @@ def started(models, cache, sets, member=(1, 0, "")):
     asked |= dict(zip(("num_hosts", "host_id", "coordinator"), member, strict=True))
     with subprocess.Popen(
         [sys.executable, "-m", "tests.serve.on_devices", json.dumps(asked), *models.values()],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK},
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -127,8 +127,7 @@ def test_two_replicas_as_one_device(replicas, alone):
 
 @pytest.mark.parametrize("name", MESHES)
 def test_on_several_devices_as_on_one(models, cache, replicas, name):
-    devices, mesh = MESHES[name]
-    families = synthetic.WITH_EXPERTS if "expert" in mesh else FAMILIES
+    devices, mesh, families = MESHES[name]
     some = {family: models[family] for family in families}
     found = on_one_host(some, cache, meshed(devices, mesh))
     check(found, families, mesh)
@@ -138,7 +137,7 @@ def test_on_several_devices_as_on_one(models, cache, replicas, name):
 
 @pytest.mark.parametrize(
     ("mesh", "families"),
-    [({"model": 4}, FAMILIES), ({"data": 2, "model": 2}, ("llama", "mixtral"))],
+    [({"model": 4}, FAMILIES), ({"data": 2, "model": 2}, SOME)],
 )
 def test_on_two_hosts_as_on_one(models, cache, replicas, mesh, families):
     """Parts on both hosts; and each host a replica, whose tokens the other must be told."""
