@@ -98,8 +98,6 @@ def serve(
         Requests that run together in one step.
     """
     gc.disable()  # until it is ready: little of what loading makes is garbage
-    from fastserve_jax.serve import serve_model
-
     settings = _settings(
         config,
         set_ or [],
@@ -116,17 +114,24 @@ def serve(
         },
     )
     settings = _with_key(settings, api_key)
+    sys.exit(_serve(model, settings, hosts))
+
+
+def _serve(model: str, settings: Settings, hosts: HostFlags) -> int:
+    """As a group's host, as an encoder's, or as it is done."""
     member = membership(os.environ, hosts)
     if not member.leads:
         from fastserve_jax.follow import follow_model
 
-        sys.exit(follow_model(model, settings, cache_folder(), member))
+        return follow_model(model, settings, cache_folder(), member)
     encoder = _encoder(model)
     if encoder is not None:
         from fastserve_jax.serve_encoder import serve_encoder
 
-        sys.exit(asyncio.run(serve_encoder(encoder, settings, cache_folder(), _BEGAN)))
-    sys.exit(asyncio.run(serve_model(model, settings, cache_folder(), _BEGAN, member)))
+        return asyncio.run(serve_encoder(encoder, settings, cache_folder(), _BEGAN))
+    from fastserve_jax.serve import serve_model
+
+    return asyncio.run(serve_model(model, settings, cache_folder(), _BEGAN, member))
 
 
 def _encoder(model: str) -> EncoderFiles | None:

@@ -37,7 +37,8 @@ async def serve_encoder(
     url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     server = asyncio.create_task(serve(state, url.set_result, stop), name="server")
     try:
-        await asyncio.wait({server, url}, return_when=asyncio.FIRST_COMPLETED)
+        opening: set[asyncio.Future[bool] | asyncio.Future[str]] = {server, url}
+        await asyncio.wait(opening, return_when=asyncio.FIRST_COMPLETED)
         if server.done():
             server.result()  # raises what kept it from listening
         keep_compiled(cache_dir / "compiled")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def run_prepare(
     files: Sequence[Path], out: Path, wanted: Wanted, tokenizer: str, cache_dir: Path
 ) -> None:
-    from .base import tokenizer_of
+    from .origin import tokenizer_of
 
     began = time.perf_counter()
     if tokenizer and not (out / TOKENIZER).is_dir():
@@ -62,8 +62,8 @@ def _register(settings: TrainSettings, done: Trained, cache_dir: Path) -> Versio
 def run_train(settings: TrainSettings, cache_dir: Path) -> None:
     if settings.mesh.cpu_devices:
         divide_cpu(settings.mesh.cpu_devices)
-    from .base import open_base
     from .curves import draw
+    from .origin import open_base
     from .train import Point, train
 
     columns = (
@@ -104,8 +104,8 @@ def run_train(settings: TrainSettings, cache_dir: Path) -> None:
 def run_evaluate(reference: str, folder: Path, part: str, as_json: bool, cache_dir: Path) -> None:
     import jax.numpy as jnp
 
-    from .base import open_arrays
     from .evaluate import evaluate, text_of
+    from .origin import open_arrays
 
     data = Dataset(folder)
     model, arrays, vocab_size = open_arrays(reference, cache_dir, jnp.float32)

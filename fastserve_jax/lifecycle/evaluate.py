@@ -129,8 +129,9 @@ def _worst(
 
 
 def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    raised = np.exp(logits - logits.max(1, keepdims=True))
-    return raised / raised.sum(1, keepdims=True)
+    raised: NDArray[np.float32] = np.exp(logits - logits.max(1, keepdims=True))
+    shares: NDArray[np.float32] = raised / raised.sum(1, keepdims=True)
+    return shares
 
 
 def _filled(batch: Mapping[str, Any], rows: int, what: str) -> dict[str, Any]:

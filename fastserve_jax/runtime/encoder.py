@@ -79,7 +79,8 @@ class EncoderRunner:
         for row, text in enumerate(texts):
             lengths[row] = len(text.tokens)
             ids[0, row, : lengths[row]], ids[1, row, : lengths[row]] = text.tokens, text.segments
-        return self._run(ids, lengths)[: len(texts)].tolist()
+        made: list[list[float]] = self._run(ids, lengths)[: len(texts)].tolist()
+        return made
 
     def _run(self, ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.float32]:
         made = self._program(self._state, jnp.asarray(ids[0]), lengths, jnp.asarray(ids[1]))

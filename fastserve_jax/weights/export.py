@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def _stored(names: Names, config: ModelConfig, parameters: Parameters) -> Parame
         number = layer[1] if layer else ""
         pattern = stem.replace(f".{number}.", ".{i}.", 1) if layer else stem
         parts = names.parts[pattern]
-        bounds = np.cumsum(_sizes(pattern, config))[:-1] if len(parts) > 1 else []
+        bounds = [*accumulate(_sizes(pattern, config))][:-1] if len(parts) > 1 else []
         for part, own in zip(parts, np.split(array, bounds), strict=True):
             yield f"{part.replace('{i}', number)}.{ending}", _turned(names, part, own, config)
 

@@ -91,7 +91,7 @@ async def refused(session):
     for path, body, status, said in (
         ("/v1/embeddings", {"input": []}, 400, "must not be empty"),
         ("/v1/embeddings", {"input": ["a", 1]}, 400, "mixes"),
-        ("/v1/embeddings", {"input": [100]}, 400, "input"),
+        ("/v1/embeddings", {"input": [100]}, 400, "token ids must be between 0 and 99"),
         ("/v1/embeddings", {"input": "cat " * 100}, 400, "more than the context of 24"),
         ("/v1/embeddings", {"input": "a", "dimensions": 99}, 400, "32 dimensions"),
         ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, 400, "float or base64"),
