@@ -21,6 +21,7 @@ from fastserve_jax.errors import DataError
 
 END = "<|endoftext|>"  # between the documents of a text file; without any, blank lines are
 _MOST_CHARACTERS = 1 << 24  # of one document
+_BLOCK_CHARACTERS = 1 << 20
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
 _SPACES = re.compile(r"[ \t\u00a0]+")
 _BLANK = re.compile(r"\n{3,}")
@@ -121,13 +122,17 @@ def _zipped(path: Path) -> Iterator[Document]:
 
 
 def _plain(file: IO[str], where: str) -> Iterator[Document]:
-    text = file.read(_MOST_CHARACTERS + 1)
-    if len(text) > _MOST_CHARACTERS:
-        raise DataError(
-            f"{where}: more than {_MOST_CHARACTERS:,} characters: split it, or use JSONL"
-        )
-    apart = text.split(END) if END in text else re.split(r"\n\s*\n", text)
-    yield from (Document(one) for one in apart)
+    """By blocks: a file may be larger than memory, a document may not."""
+    block = file.read(_BLOCK_CHARACTERS)
+    apart = re.compile(re.escape(END) if END in block else r"\r?\n(?:[ \t]*\r?\n)+")
+    rest = ""
+    while block:
+        *whole, rest = apart.split(rest + block)
+        if len(rest) > _MOST_CHARACTERS:
+            raise DataError(f"{where}: a document of more than {_MOST_CHARACTERS:,} characters")
+        yield from (Document(one) for one in whole)
+        block = file.read(_BLOCK_CHARACTERS)
+    yield Document(rest)
 
 
 def _lines(file: IO[str], where: str) -> Iterator[Document]:

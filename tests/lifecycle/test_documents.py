@@ -6,6 +6,7 @@ import zipfile
 import pytest
 
 from fastserve_jax.errors import DataError
+from fastserve_jax.lifecycle import documents as module
 from fastserve_jax.lifecycle.documents import Counts, Document, clean, documents
 
 
@@ -21,6 +22,20 @@ def test_text_is_apart_by_marks_or_blank_lines(tmp_path):
     found, counts = read(marked, plain)
     assert [d.text for d in found] == ["One.\n\nStill one.", "Two.", "Three.", "Four,\nstill four."]
     assert (counts.read, counts.empty, counts.repeated, counts.kept) == (5, 1, 0, 4)
+
+
+@pytest.mark.parametrize("between", ["<|endoftext|>", "\n\n", "\r\n \r\n"])
+def test_where_blocks_end_says_nothing(tmp_path, monkeypatch, between):
+    path = tmp_path / "a.txt"
+    texts = [f"text number {number}" for number in range(40)]
+    path.write_bytes(between.join(texts).encode())
+    for size in (14, 15, 16, 17, 64, 1 << 20):
+        monkeypatch.setattr(module, "_BLOCK_CHARACTERS", size if size > 60 else 60 + size)
+        assert [document.text for document in read(path)[0]] == texts
+    monkeypatch.setattr(module, "_MOST_CHARACTERS", 100)
+    path.write_text("one " * 100)
+    with pytest.raises(DataError, match="a document of more than 100 characters"):
+        read(path)
 
 
 def test_lines_and_tables(tmp_path):
