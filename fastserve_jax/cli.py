@@ -17,7 +17,7 @@ from cyclopts import App, Parameter
 
 from fastserve_jax.errors import FastServeError, GroupLost, OperatorError
 from fastserve_jax.group.membership import HostFlags, membership
-from fastserve_jax.lifecycle.cli import Set, data, evaluate, models, train
+from fastserve_jax.lifecycle.cli import Set, data, evaluate, models, search, train
 from fastserve_jax.simulation.options import Study
 from fastserve_jax.weights.catalogue import DEFAULT_MODEL, cache_folder
 
@@ -37,6 +37,7 @@ app = App(
 app.command(data)
 app.command(models)
 app.command(train)
+app.command(search)
 app.command(evaluate)
 
 Config = Annotated[Path | None, Parameter(help="A TOML file of settings (see configs/serve/).")]

@@ -79,6 +79,17 @@ def train(
     run_train(settings, cache_folder())
 
 
+def search(
+    *,
+    config: Annotated[Path | None, Parameter(help="A TOML file (see configs/train/).")] = None,
+    set_: Set = None,
+) -> None:
+    """Train with other numbers again and again, as the file's [search] says, and tell the best."""
+    from fastserve_jax.lifecycle.commands import run_search
+
+    run_search(config, set_ or [], cache_folder())
+
+
 def evaluate(
     model: str,
     data: Path,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastserve_jax.config import read_settings
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.runtime.hosts import divide_cpu
 from fastserve_jax.terminal import console
@@ -24,7 +25,8 @@ from .settings import TrainSettings
 from .vocabulary import copy_vocabulary
 
 if TYPE_CHECKING:
-    from .train import Trained
+    from .search import Tried
+    from .train import Point, Trained
 
 
 def run_prepare(
@@ -64,7 +66,7 @@ def run_train(settings: TrainSettings, cache_dir: Path) -> None:
         divide_cpu(settings.mesh.cpu_devices)
     from .curves import draw
     from .origin import open_base
-    from .train import Point, train
+    from .train import train
 
     columns = (
         TextColumn("training"),
@@ -99,6 +101,46 @@ def run_train(settings: TrainSettings, cache_dir: Path) -> None:
         f"  fastserve serve {shlex.quote(model)}",
         soft_wrap=True,
     )
+
+
+def run_search(config: Path | None, sets: Sequence[str], cache_dir: Path) -> None:
+    from .origin import open_base
+    from .search import Searching, search
+    from .train import train
+
+    asked = read_settings(Searching, config, sets)
+    with Progress(TextColumn("{task.description}"), console=console, transient=True) as bar:
+        task = bar.add_task("")
+
+        def run(
+            chosen: Mapping[str, Any], folder: Path, report: Callable[[Point], None]
+        ) -> Trained:
+            given = [
+                f"{name}={msgspec.json.encode(value).decode()}" for name, value in chosen.items()
+            ]
+            own = read_settings(Searching, config, [*sets, *given, f"out={folder}"])
+            base = open_base(own, cache_dir) if own.base else None
+
+            def heard(point: Point) -> None:
+                bar.update(task, description=f"{folder.name}: step {point.step} of {own.steps}")
+                report(point)
+
+            return train(own, heard, base=base)
+
+        def told(tried: Tried) -> None:
+            console.print(_tried(tried), highlight=False)
+
+        best = search(asked.search, asked, run, told)
+    console.print(f"best: {_tried(best)}\n  {asked.out}/trial-{best.number}", highlight=False)
+
+
+def _tried(tried: Tried) -> str:
+    found = "given up" if tried.valid_loss is None else f"held out {tried.valid_loss:.4f}"
+    said = ", ".join(
+        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in tried.settings.items()
+    )
+    return f"trial {tried.number}: {found} with {said}"
 
 
 def run_evaluate(reference: str, folder: Path, part: str, as_json: bool, cache_dir: Path) -> None:
