@@ -1,11 +1,19 @@
 """What is exported is what it was, as our own readers have it, and as llama.cpp does."""
 
+import json
+import urllib.request
+from dataclasses import replace
+
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.lifecycle.export import run_export
+from fastserve_jax.lifecycle.losses import Model
+from fastserve_jax.lifecycle.settings import Shape
+from fastserve_jax.lifecycle.train import drawn
 from fastserve_jax.lifecycle.vocabulary import train_vocabulary
 from fastserve_jax.text.load import load_tokenizer
 from fastserve_jax.weights.load import open_model
@@ -59,3 +67,59 @@ def test_what_others_do_not_know_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="a gemma3 cannot be exported: llama, qwen2, qwen3 can"):
         run_export(str(folder), tmp_path / "out", tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def drawn_model(folder, family):
+    """With as many tokens as its vocabulary."""
+    config = replace(Shape(64, 2, 4, 2, 96, tied_head=False).config(300, 64), family=family)
+    config = replace(config, qk_norm=family == "qwen3")
+    arrays = {n: np.asarray(a, np.float32) for n, a in drawn(config, 0).items()}
+    arrays = {n: 10 * a if a.ndim > 1 else a for n, a in arrays.items()}
+    arrays = {n: a.astype(np.float16).astype(np.float32) for n, a in arrays.items()}
+    train_vocabulary(iter([TEXT] * 20), "bpe", 300, folder / "words")
+    write_model(folder / "model", config, arrays)
+    for path in (folder / "words").iterdir():
+        path.rename(folder / "model" / path.name)
+    return folder / "model", config, arrays
+
+
+class LlamaCpp:
+    """In this process, behind its own HTTP."""
+
+    def __init__(self, path):
+        import xllamacpp
+
+        asked = xllamacpp.CommonParams()
+        asked.model.path, asked.n_ctx, asked.port = str(path), 128, 0
+        asked.verbosity, asked.warmup, asked.offline = -1, False, True
+        self._server = xllamacpp.Server(asked)
+
+    def ask(self, route, **body):
+        request = urllib.request.Request(
+            self._server.listening_address + route,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_llama_cpp_expects_the_same(tmp_path, family):
+    folder, config, arrays = drawn_model(tmp_path, family)
+    run_export(str(folder), tmp_path / "out.gguf", tmp_path)
+    server, words = LlamaCpp(tmp_path / "out.gguf"), load_tokenizer(folder)
+    ids = words.encode("Once upon a time")
+    assert server.ask("/tokenize", content="Once upon a time")["tokens"] == ids
+    asked = {"prompt": ids, "n_predict": 8, "temperature": 0, "n_probs": 5, "ignore_eos": True}
+    told = server.ask("/completion", cache_prompt=False, **asked)["completion_probabilities"]
+    ours = Model(config)
+    held = {name: jnp.asarray(array) for name, array in arrays.items()}
+    for step in told:
+        given = jnp.asarray([ids]), jnp.zeros((1, len(ids)), jnp.int32)
+        logits = np.asarray(ours.logits(held, *given)[0, -1], np.float64)
+        logprobs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+        for top in step["top_logprobs"]:
+            assert logprobs[top["id"]] == pytest.approx(top["logprob"], abs=0.02)
+        ids = [*ids, step["id"]]
+    assert len(told) == 8
