@@ -76,17 +76,18 @@ def run_train(settings: TrainSettings, cache_dir: Path) -> None:
         TimeRemainingColumn(),
     )
     base = open_base(settings, cache_dir) if settings.base else None
+    what = "texts" if Dataset(Path(settings.data)).facts.labels else "tokens"
     began = time.perf_counter()
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=settings.steps, said="")
 
         def report(point: Point) -> None:
-            said = f"loss {point.loss:.3f}, {point.tokens_per_s:,.0f} tokens/s"
+            said = f"loss {point.loss:.3f}, {point.tokens_per_s:,.0f} {what}/s"
             bar.update(task, completed=point.step, said=said)
             if point.valid_loss is not None:
                 console.print(
                     f"step {point.step}: loss {point.loss:.3f}, held out {point.valid_loss:.3f} "
-                    f"({point.valid_accuracy:.1%} right), {point.tokens_per_s:,.0f} tokens/s"
+                    f"({point.valid_accuracy:.1%} right), {point.tokens_per_s:,.0f} {what}/s"
                 )
 
         done = train(settings, report, console.print, base)
