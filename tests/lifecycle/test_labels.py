@@ -37,10 +37,8 @@ def folder(tmp_path, monkeypatch):
         table.writerow(("text", "label"))
         for number in range(240):
             said, label = ((GOOD, "praise"), (BAD, "blame"))[number % 2]
-            middle = " ".join(
-                ("the", "a", "on", "mat", "and")[number % 5] for _ in range(number % 7)
-            )
-            table.writerow((f"{middle} {said} {number}", label))
+            middle = f"{('the', 'a', 'on', 'mat', 'and')[number % 5]} " * (number % 7)
+            table.writerow((f"{middle}{said} {number}", label))
     return tmp_path
 
 
