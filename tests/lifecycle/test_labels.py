@@ -57,7 +57,8 @@ def test_from_a_table_to_a_version(folder):
     }
     given = [word for name, value in sets.items() for word in ("--set", f"{name}={value}")]
     assert "fastserve serve mood@1" in fastserve(folder, "train", *given)
-    measured = json.loads(fastserve(folder, "evaluate", "mood", "data", "--json").splitlines()[-1])
+    told = fastserve(folder, "evaluate", "mood", "data", "--json").splitlines()
+    measured = json.loads(next(line for line in told if line.startswith("{")))
     assert measured["metrics"]["accuracy"] > 0.95
     assert find_encoder("mood", folder / "cache").config.labels == ("blame", "praise")
     told = fastserve(folder, "models", "show", "mood")
