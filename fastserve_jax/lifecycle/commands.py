@@ -17,7 +17,7 @@ from fastserve_jax.errors import ConfigError
 from fastserve_jax.runtime.hosts import divide_cpu
 from fastserve_jax.terminal import console
 from fastserve_jax.text.load import load_words
-from fastserve_jax.weights.registry import REGISTRY, Registry, Version
+from fastserve_jax.weights.registry import REGISTRY, Registry, Version, check_name
 
 from .dataset import TOKENIZER, Dataset
 from .prepare import Wanted, prepare
@@ -76,6 +76,8 @@ def run_train(settings: TrainSettings, cache_dir: Path) -> None:
         TimeRemainingColumn(),
     )
     base = open_base(settings, cache_dir) if settings.base else None
+    if settings.name:
+        check_name(settings.name)  # before hours are spent
     what = "texts" if Dataset(Path(settings.data)).facts.labels else "tokens"
     began = time.perf_counter()
     with Progress(*columns, console=console, transient=True) as bar:

@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 
 from fastserve_jax.errors import ModelFileError
+from fastserve_jax.weights.catalogue import embedded, read_catalogue
 from fastserve_jax.weights.orbax import CONFIG, ENCODER
 
 REGISTRY = "registry"  # in the cache
@@ -46,6 +47,14 @@ class Version:
         return f"{self.name}@{self.number}"
 
 
+def check_name(name: str) -> None:
+    """Raises ModelFileError for what is no name, or is somebody else's."""
+    if not _NAME.fullmatch(name):
+        raise ModelFileError(f"{name!r} is no name: small letters, digits, '.', '_' and '-'")
+    if name in read_catalogue() or embedded(name) is not None:
+        raise ModelFileError(f"{name} is a model of the catalogue: take another name")
+
+
 class Registry:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,8 +72,7 @@ class Registry:
     ) -> Version:
         """A copy of that folder as the next version. The first one is promoted. Raises
         ModelFileError."""
-        if not _NAME.fullmatch(name):
-            raise ModelFileError(f"{name!r} is no name: letters, digits, '.', '_' and '-'")
+        check_name(name)
         if not any((model / config).is_file() for config in (CONFIG, ENCODER)):
             raise ModelFileError(f"{model}: no {CONFIG}: not a model of ours")
         own = self.folder / name

@@ -74,6 +74,12 @@ def test_names_that_are_none(registry, model, name):
     assert not registry.folder.exists()
 
 
+def test_names_of_others(registry, model):
+    for name in ("tiny", "smollm2-135m-instruct"):
+        with pytest.raises(ModelFileError, match="is a model of the catalogue"):
+            registry.add(name, model, "train")
+
+
 def test_a_folder_that_is_no_model(registry, tmp_path):
     with pytest.raises(ModelFileError, match=r"no model\.json"):
         registry.add("a", tmp_path, "train")
