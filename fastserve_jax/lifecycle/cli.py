@@ -151,7 +151,8 @@ def rollback(name: str, /) -> None:
 
 @models.command
 def export(model: str, out: Path, /) -> None:
-    """Write MODEL as others read it: to OUT, a .gguf file or a folder as Hugging Face has them."""
+    """Write MODEL as others read it: to OUT, a .gguf file, a folder as Hugging Face has them, or a
+    .stablehlo program of jax.export."""
     from fastserve_jax.lifecycle.export import run_export
 
     run_export(model, out, cache_folder())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
+from jax import export
 from numpy.typing import NDArray
 
 from fastserve_jax.errors import ConfigError
@@ -32,10 +35,29 @@ def run_export(reference: str, out: Path, cache_dir: Path) -> None:
         source = files.tokenizer_source
         words = gguf_vocabulary(source) if isinstance(source, Path) else dict(source)
         write_gguf(out, files.name, files.config, _parameters(files), words)
+    elif out.suffix == ".stablehlo":
+        _write_program(out, files)
     else:
         write_folder(out, files.config, _in_bf16(_parameters(files)))
         copy_vocabulary(files.tokenizer_source, out)
     console.print(f"{files.name} is in {out}", highlight=False, soft_wrap=True)
+
+
+def _write_program(out: Path, files: ModelFiles) -> None:
+    """tokens [rows, n] int32 -> logits [rows, n, vocab_size] float32, its weights inside, for CPUs,
+    GPUs and TPUs; jax.export.deserialize reads it."""
+    model = Model(files.config, jnp.float32)
+    arrays = {name: jnp.asarray(array, jnp.float32) for name, array in _parameters(files)}
+
+    def logits(tokens: jax.Array) -> jax.Array:
+        return model.logits(arrays, tokens, jnp.zeros_like(tokens))
+
+    shape = export.symbolic_shape("rows, n")
+    given = jax.ShapeDtypeStruct(shape, jnp.int32)  # type: ignore[no-untyped-call]
+    made = export.export(jax.jit(logits), platforms=("cpu", "cuda", "tpu"))(given)
+    unfinished = out.with_name(f".{out.name}")
+    unfinished.write_bytes(made.serialize())
+    os.replace(unfinished, out)
 
 
 def _parameters(files: ModelFiles) -> Iterator[tuple[str, NDArray[Any]]]:

@@ -138,7 +138,7 @@ class Attention(nnx.Module):
         q = q.astype(self.dtype)
         if kv_pages is None:
             mixed = attend(q, k.astype(self.dtype), v.astype(self.dtype), at, scale, self.window)
-            return mixed.reshape(len(heads), -1), None
+            return mixed.reshape(heads.shape[0], -1), None
         kv_pages = write_kv(kv_pages, k, v, at.pages, at.offsets)
         mixed = ragged_paged_attention(q, kv_pages, *rows, scale=scale, window=self.window)
         return mixed.reshape(len(heads), -1), kv_pages
@@ -148,8 +148,9 @@ def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, at: Place, scale: float, window: int
 ) -> jax.Array:
     """[tokens, heads, head_dim] each, of rows behind each other: causal within a row."""
-    ahead = jnp.arange(len(q))[:, None] - jnp.arange(len(q))
-    mask = (at.rows[:, None] == at.rows) & (ahead >= 0) & (ahead < (window or len(q)))
+    count = q.shape[0]
+    ahead = jnp.arange(count)[:, None] - jnp.arange(count)
+    mask = (at.rows[:, None] == at.rows) & (ahead >= 0) & (ahead < (window or count))
     return jax.nn.dot_product_attention(q[None], k[None], v[None], mask=mask[None], scale=scale)[0]
 
 

@@ -35,12 +35,14 @@ def logits_of(
     for i, layer in enumerate(decoder.layers):
         x = run(*nnx.split(layer), x, at, turns[config.window(i) > 0])
     hidden = decoder.final_norm(x).astype(decoder.dtype)
-    return project(hidden, head_of(config, state), len(tokens))
+    return project(hidden, head_of(config, state), tokens.shape[0])
 
 
 def place_whole(rows: jax.Array) -> Place:
-    count = len(rows)
-    positions = jnp.arange(count, dtype=jnp.int32) - jnp.searchsorted(rows, rows).astype(jnp.int32)
+    count = rows.shape[0]
+    at = jnp.arange(count, dtype=jnp.int32)
+    begins = jnp.concatenate([jnp.ones(1, bool), rows[1:] != rows[:-1]])
+    positions = at - jax.lax.cummax(jnp.where(begins, at, 0))
     nowhere = jnp.zeros(count, jnp.int32)
     return Place(rows, positions, nowhere, nowhere, jnp.int32(count))
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax import export
 
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.lifecycle.export import run_export
@@ -81,6 +82,17 @@ def drawn_model(folder, family):
     for path in (folder / "words").iterdir():
         path.rename(folder / "model" / path.name)
     return folder / "model", config, arrays
+
+
+def test_a_program_says_the_same(tmp_path):
+    folder, config, arrays = drawn_model(tmp_path, "llama")
+    run_export(str(folder), tmp_path / "out.stablehlo", tmp_path)
+    program = export.deserialize((tmp_path / "out.stablehlo").read_bytes())
+    held = {name: jnp.asarray(array) for name, array in arrays.items()}
+    for shape in ((1, 5), (3, 17)):
+        tokens = jnp.asarray(np.random.default_rng(0).integers(0, 300, shape), jnp.int32)
+        wanted = Model(config).logits(held, tokens, jnp.zeros_like(tokens))
+        np.testing.assert_allclose(program.call(tokens), wanted, atol=1e-4)
 
 
 class LlamaCpp:
