@@ -79,8 +79,8 @@ class Hosting:
         metrics.observe(lambda: numbers)
         with loaded.runner:
             async with loaded.engine(metrics.step) as engine:
-                metrics.watch_engine(engine.stats, loaded.limits.page_size)
-                yield _served(loaded, engine, name)
+                with metrics.watching(engine.stats, loaded.limits.page_size):
+                    yield _served(loaded, engine, name)
 
     @asynccontextmanager
     async def _encoder(

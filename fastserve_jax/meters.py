@@ -10,6 +10,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 from fastserve_jax.core.stats import Stats
@@ -155,10 +156,17 @@ class ModelMetrics:
         self.histograms["iteration_tokens_total"].observe(record.tokens)
         self.histograms["device_step_seconds"].observe(record.elapsed_s)
 
-    def watch_engine(self, stats: Callable[[], Stats], page_size: int) -> None:
-        """Ask `stats` at every scrape. `page_size` in tokens."""
+    @contextmanager
+    def watching(self, stats: Callable[[], Stats], page_size: int) -> Iterator[None]:
+        """Ask `stats` at every scrape, until another engine takes its place. `page_size` in
+        tokens."""
         self._stats = stats
         self._page_size = page_size
+        try:
+            yield
+        finally:
+            if self._stats is stats:
+                self._stats = None
 
     def observe(self, numbers: Callable[[], Mapping[str, float]]) -> None:
         """Export what it gives at every scrape, in place of what was observed before."""

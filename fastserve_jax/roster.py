@@ -66,12 +66,9 @@ class Roster:
     async def _keep(self, reference: str, name: str | None, opened: asyncio.Future[Entry]) -> None:
         async with self.host(reference, name) as served:
             retired = asyncio.Event()
-            before = self._kept.get(served.name)
-            self._kept[served.name] = _Kept(reference, served, retired)
-            self.state.put(served)
-            if before is not None:
-                before.retired.set()
+            self._put(_Kept(reference, served, retired))
             opened.set_result(served)
+            del opened
             await retired.wait()
             self.state.drop(served)
             await self.state.left(served)
@@ -80,6 +77,13 @@ class Roster:
         gc.unfreeze()  # what was never to be looked at again is garbage now
         gc.collect()
         console.print(f"{said} has finished what it had, and is gone")
+
+    def _put(self, kept: _Kept) -> None:
+        before = self._kept.get(kept.served.name)
+        self._kept[kept.served.name] = kept
+        self.state.put(kept.served)
+        if before is not None:
+            before.retired.set()
 
     async def unload(self, name: str) -> None:
         """No new requests are its; those that it has are finished first."""

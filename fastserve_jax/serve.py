@@ -24,7 +24,7 @@ from fastserve_jax.roster import Roster
 from fastserve_jax.runtime.compile import CompileCounter
 from fastserve_jax.runtime.hosts import part
 from fastserve_jax.server.lifecycle import serve
-from fastserve_jax.server.served import Entry, Served
+from fastserve_jax.server.served import Served
 from fastserve_jax.server.state import ServerState
 from fastserve_jax.terminal import console, ready_lines
 
@@ -60,25 +60,21 @@ async def serve_models(
             server.result()  # raises what kept it from listening, before anything is loaded
         with counter:
             loading = asyncio.create_task(_load(roster, references, leader), name="loading")
-            both: set[asyncio.Task[bool] | asyncio.Task[list[Entry]]] = {server, loading}
+            both: set[asyncio.Task[bool] | asyncio.Task[None]] = {server, loading}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not loading.done():
                 console.print("stopped while loading")
                 os._exit(0)  # a compilation cannot be interrupted, and nothing is owed to anybody
-            served = loading.result()
-            metrics.model_name = served[0].name
+            loading.result()
+            metrics.model_name = state.entries[0].name
             metrics.observe(lambda: {"recompiles_after_ready_total": counter.compiles})
             gc.freeze()  # what was loaded stays: no collection need look at it
             gc.enable()
             state.ready()
             address = await url
             on_ready(address)
-            watching = _watch(state, roster, served, cache_dir, leader)
-            names, key = [own.name for own in served], bool(settings.server.api_keys)
-            waited_s = time.perf_counter() - began
-            console.print(
-                ready_lines(names, address, waited_s, _route(served[0]), key), soft_wrap=True
-            )
+            watching = _watch(state, roster, cache_dir, leader)
+            console.print(_ready(state, address, time.perf_counter() - began), soft_wrap=True)
             finished = await server
             watching.cancel()
             if roster.loading:
@@ -94,29 +90,25 @@ async def serve_models(
         await roster.close()
 
 
-async def _load(roster: Roster, references: Sequence[str], leader: Leader | None) -> list[Entry]:
+async def _load(roster: Roster, references: Sequence[str], leader: Leader | None) -> None:
+    """Nothing here may hold one of them: it would stay when another has taken its place."""
     if leader is not None and len(references) > 1:
         raise ConfigError("a group of hosts serves one model")
-    served = [await roster.load(reference) for reference in references]
-    names = [own.name for own in served]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"{name} is asked for twice")
-    return served
+    names = set()
+    for reference in references:
+        names.add((await roster.load(reference)).name)
+    if len(names) < len(references):
+        raise ConfigError(f"a name is there twice among {', '.join(references)}")
 
 
 def _watch(
-    state: ServerState,
-    roster: Roster,
-    served: Sequence[Entry],
-    cache_dir: Path,
-    leader: Leader | None,
+    state: ServerState, roster: Roster, cache_dir: Path, leader: Leader | None
 ) -> asyncio.Task[None]:
     """Over what may change while it is served. A group serves what it began with."""
     if leader is None:
         state.roster = roster
         return asyncio.create_task(roster.follow(cache_dir), name="follow")
-    (own,) = served
+    (own,) = state.entries
     assert isinstance(own, Served)
     assert isinstance(own.engine, Engine)
     return asyncio.create_task(_tell_group(own.engine, leader), name="watch")
@@ -153,9 +145,13 @@ def _leader(
     return Leader(membership, lost, leaving, lambda what: console.print(what, highlight=False))
 
 
-def _route(served: Entry) -> str:
-    """Where to ask it something first."""
-    if isinstance(served, Served):
-        is_chat = served.tokenizer.chat_template is not None
-        return "v1/chat/completions" if is_chat else "v1/completions"
-    return "classify" if served.labels else "v1/embeddings"
+def _ready(state: ServerState, url: str, waited_s: float) -> str:
+    """With what to ask the first one."""
+    first = state.entries[0]
+    if isinstance(first, Served):
+        is_chat = first.tokenizer.chat_template is not None
+        route = "v1/chat/completions" if is_chat else "v1/completions"
+    else:
+        route = "classify" if first.labels else "v1/embeddings"
+    names = [served.name for served in state.entries]
+    return ready_lines(names, url, waited_s, route, bool(state.config.api_keys))

@@ -165,6 +165,7 @@ class ServerState:
             yield
         finally:
             _WORK.reset(outer)
+            work.served = None  # timers may remember the work, and with it a model, for long
             self._works.discard(work)
             self._ended.set()
             if not self._works:

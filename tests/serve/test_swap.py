@@ -97,7 +97,7 @@ async def test_a_promoted_version_takes_over_and_nobody_notices(cache, monkeypat
             assert given in allowed
         assert {begun for begun, _, _ in said} == {"tales@1", "tales@2"}
         assert any(given == by_version["tales@1"][prompt] for _, prompt, given in said)
-        await until(lambda: _holds(held * 1.05))
+        await until(lambda: _holds(held * 1.05))  # what took its memory, gave it back
         metrics = await _metrics(url)
         assert metrics("recompiles_after_ready_total") == 0
         finished = 'request_success_total{finished_reason="length",model_name="tales"}'
@@ -174,7 +174,7 @@ async def test_what_cannot_be_loaded_changes_nothing(cache, tmp_path):
     for file in (tmp_path / "torn" / PARAMETERS).rglob("*"):
         if file.is_file() and file.stat().st_size > 10_000:
             file.write_bytes(file.read_bytes()[:5000])
-    async with running(cache, "tales", sets=SETS) as url, aiohttp.ClientSession(url) as session:
+    async with running(cache, "tales@1", sets=SETS) as url, aiohttp.ClientSession(url) as session:
         for body, said in (
             ({"model": "nothing-like-it"}, "no model 'nothing-like-it'"),
             ({"model": str(tmp_path / "torn"), "name": "tales"}, "torn"),

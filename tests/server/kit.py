@@ -151,11 +151,11 @@ async def kit(
         listening(state) as url,
         aiohttp.ClientSession(headers=headers) as session,
     ):
-        metrics.of(MODEL).watch_engine(engine.stats, limits.page_size)
         if ready:
             state.put(Served(MODEL, engine, tokenizer, limits.max_context, FakeTemplate(tokenizer)))
             state.ready()
-        yield Kit(url, state, engine, device, session)
+        with metrics.of(MODEL).watching(engine.stats, limits.page_size):
+            yield Kit(url, state, engine, device, session)
 
 
 def token_ids(text: str) -> list[int]:
