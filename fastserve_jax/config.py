@@ -30,6 +30,7 @@ MOST_CONTEXT = 8192  # without being asked for more: a longer context costs slot
 class ModelSettings:
     dtype: str = "auto"  # of weights; auto is int8 where that is measured to do, or bf16
     int8_keep: tuple[str, ...] = ()  # matrices that stay bf16 in int8: "layers.*.mlp.down"
+    memory: float = 0.0  # share of an accelerator's that a model may have; 0: all that is free
     draft: str = ""  # a smaller model of the same vocabulary, to guess what this one will say
 
 
@@ -184,6 +185,8 @@ def _check_values(settings: Settings) -> None:
         raise ConfigError(
             "fleet.cpus, gpus and tpus are all 0: a host of a replica takes something"
         )
+    if not 0 <= settings.model.memory <= 1:
+        raise ConfigError(f"model.memory is {settings.model.memory}, a share is from 0 to 1")
     if settings.model.draft and engine.speculate == "off":
         raise ConfigError("model.draft is for guessing: engine.speculate is off")
     lowest = {

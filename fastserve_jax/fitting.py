@@ -155,7 +155,7 @@ def _memory(
         max_context=_max_context(config, engine),
         max_slots=engine.max_slots,
         step_tokens=engine.step_tokens,
-        free=free_memory(device),
+        free=free_memory(device, settings.model.memory),
         draft_bytes=0 if draft is None else draft.bytes,
     )
     return plan_host_pages(plan, settings.kv.host_pages, free_host_memory(device))

@@ -149,6 +149,33 @@ def rollback(name: str, /) -> None:
     print(f"{version.name} is {version}")
 
 
+Url = Annotated[str, Parameter(help="Of the server.")]
+Key = Annotated[str | None, Parameter(help="The server's key; also read from FASTSERVE_API_KEY.")]
+_URL = "http://127.0.0.1:8000"
+
+
+@models.command
+def load(model: str, /, *, name: str | None = None, url: Url = _URL, api_key: Key = None) -> None:
+    """Have a running server load MODEL beside what it serves (it must have server.loading set).
+
+    Parameters
+    ----------
+    name
+        What clients will call it; a model that they call so now finishes what it has, and goes.
+    """
+    from fastserve_jax.lifecycle.remote import run_load
+
+    run_load(model, name, url, api_key)
+
+
+@models.command
+def unload(name: str, /, *, url: Url = _URL, api_key: Key = None) -> None:
+    """Have a running server let the model go that clients call NAME."""
+    from fastserve_jax.lifecycle.remote import run_unload
+
+    run_unload(name, url, api_key)
+
+
 @models.command
 def export(model: str, out: Path, /) -> None:
     """Write MODEL as others read it: to OUT, a .gguf file, a folder as Hugging Face has them, or a

@@ -149,11 +149,13 @@ def accelerator_memory(free_bytes: int) -> FreeMemory:
     return FreeMemory(int(free_bytes * DEVICE_FRACTION), 1.0, DEVICE_GRAIN)
 
 
-def free_memory(device: jax.Device) -> FreeMemory:
-    """What this process may still take on `device`."""
+def free_memory(device: jax.Device, share: float = 0.0) -> FreeMemory:
+    """What this process may still take on `device`; of an accelerator's, no more than `share`,
+    where that is not 0."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats:
-        return accelerator_memory(stats["bytes_limit"] - stats["bytes_in_use"])
+        limit, used = stats["bytes_limit"], stats["bytes_in_use"]
+        return accelerator_memory(min(limit - used, int(limit * (share or 1))))
     whole_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     whole_bytes = min(whole_bytes, _group_bytes()[0])
     beside = len(device.client.local_devices())  # it shares what there is with
