@@ -92,24 +92,58 @@ def search(
 
 def evaluate(
     model: str,
-    data: Path,
+    data: Path | None = None,
     /,
     *,
     part: str = "valid",
+    server: str = "http://127.0.0.1:8000",
+    max_tokens: int = 256,
+    tasks: str = "",
+    tasks_from: Path | None = None,
+    limit: int | None = None,
+    chat: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """Measure MODEL on the prepared folder DATA: perplexity of text, or how it does at labels.
+    """Measure MODEL, and keep what is found beside a registered version.
+
+    DATA is a prepared folder: perplexity of text, or how it does at labels, by the model itself. Or
+    it is a file of questions and answers, or --tasks are lm-eval's: then the server is asked, which
+    must be serving MODEL (as /v1/models calls it, or a version).
 
     Parameters
     ----------
     part
-        valid (what --holdout kept apart) or train (all of a folder prepared with --holdout 0).
+        Of a folder: valid (what --holdout kept apart) or train (all of one with --holdout 0).
+    server
+        Where MODEL is served. FASTSERVE_API_KEY is its key, where it wants one.
+    max_tokens
+        Of an answer, at the most.
+    tasks
+        Of lm-eval, by comma.
+    tasks_from
+        A folder with tasks of your own, as lm-eval's YAML files.
+    limit
+        Documents of each task.
+    chat
+        Put tasks by the model's chat template.
     json
         Print one object instead of a table.
     """
-    from fastserve_jax.lifecycle.commands import run_evaluate
+    import os
 
-    run_evaluate(model, data, part, json, cache_folder())
+    from fastserve_jax.errors import ConfigError
+    from fastserve_jax.lifecycle.harness import Harness
+    from fastserve_jax.lifecycle.measured import run_answers, run_evaluate, run_tasks
+
+    if (data is None) == (not tasks):
+        raise ConfigError("name what to measure with: a prepared folder, a file, or --tasks")
+    key, cache = os.environ.get("FASTSERVE_API_KEY"), cache_folder()
+    if data is None:
+        run_tasks(model, Harness(tasks, tasks_from, limit, chat), server, key, json, cache)
+    elif data.is_file():
+        run_answers(model, data, server, key, max_tokens, json, cache)
+    else:
+        run_evaluate(model, data, part, json, cache)
 
 
 models = App(name="models", help="What can be served: the catalogue, and versions of our own.")

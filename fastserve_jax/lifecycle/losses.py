@@ -22,6 +22,7 @@ from fastserve_jax.models.whole import logits_of
 
 type Arrays = Mapping[str, jax.Array]
 type Loss = tuple[jax.Array, tuple[jax.Array, jax.Array]]  # nats, (how many count, and are right)
+type Each = tuple[jax.Array, jax.Array, jax.Array]  # nats, whether it counts, and is right
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,10 @@ class Model:
     def loss(self, arrays: Arrays, batch: Arrays) -> Loss:
         """Of each token from those before it of its document, padding and what is only read left
         out."""
+        return _summed(self.each(arrays, batch))
+
+    def each(self, arrays: Arrays, batch: Arrays) -> Each:
+        """[rows, n - 1]: of the tokens behind the first."""
         tokens, segments = batch["tokens"].astype(jnp.int32), batch["segments"].astype(jnp.int32)
         logits = self.logits(arrays, tokens, segments)[:, :-1]
         counts = batch["learned"][:, 1:] & (segments[:, 1:] == segments[:, :-1])
@@ -73,7 +78,8 @@ class Classifier:
 
     def loss(self, arrays: Arrays, batch: Arrays) -> Loss:
         lengths = batch["lengths"]
-        return _cross_entropy(self.logits(arrays, batch), batch["labels"], lengths > 0)
+        each = _cross_entropy(self.logits(arrays, batch), batch["labels"], lengths > 0)
+        return _summed(each)
 
     def logits(self, arrays: Arrays, batch: Arrays) -> jax.Array:
         """[texts, labels] float32."""
@@ -84,8 +90,13 @@ class Classifier:
         return nnx.merge(graph, state).logits(tokens, batch["lengths"])
 
 
-def _cross_entropy(logits: jax.Array, target: jax.Array, counts: jax.Array) -> Loss:
+def _cross_entropy(logits: jax.Array, target: jax.Array, counts: jax.Array) -> Each:
     chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
     nats = jax.nn.logsumexp(logits, axis=-1) - chosen
     right = (jnp.argmax(logits, axis=-1) == target) & counts
-    return jnp.sum(jnp.where(counts, nats, 0)), (jnp.sum(counts), jnp.sum(right))
+    return jnp.where(counts, nats, 0), counts, right
+
+
+def _summed(each: Each) -> Loss:
+    nats, counts, right = (jnp.sum(one) for one in each)
+    return nats, (counts, right)
