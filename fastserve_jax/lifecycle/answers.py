@@ -98,6 +98,7 @@ async def ask(
                 model=model,
                 max_tokens=max_tokens,
                 temperature=0.0,
+                seed=0,
             )
         progress(done := done + 1, len(questions))
         content = said.choices[0].message.content

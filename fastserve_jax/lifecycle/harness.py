@@ -31,17 +31,18 @@ def run_harness(
     """What it measured, as task/metric. Raises ConfigError where lm-eval is not here, or fails."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("tasks need lm-eval: pip install 'lm-eval[api]'")
-    with tempfile.TemporaryDirectory() as out:
-        command = [*_command(asked, url, model, context), "--output_path", out]
-        key = {"OPENAI_API_KEY": api_key} if api_key else {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        settings = _settings(asked, url, model, context, api_key) | {"output_path": name}
+        (folder / "settings.yaml").write_text(json.dumps(settings))  # a key is nothing for `ps`
         done = subprocess.run(
-            command,
+            [sys.executable, "-m", "lm_eval", "run", "--config", str(folder / "settings.yaml")],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **key},
+            env=os.environ | ({"OPENAI_API_KEY": api_key} if api_key else {}),
         )
-        found = list(Path(out).rglob("results_*.json"))
+        found = list(folder.rglob("results_*.json"))
         if done.returncode or not found:
             said = [line for line in done.stderr.splitlines() if line.strip()]
             raise ConfigError(f"lm-eval failed: {said[-1][:300] if said else done.returncode}")
@@ -54,11 +55,22 @@ def run_harness(
     }
 
 
-def _command(asked: Harness, url: str, model: str, context: int) -> list[str]:
-    given = f"model={model},base_url={url.rstrip('/')}/v1/completions,max_length={context},"
-    given += "tokenizer_backend=remote,num_concurrent=8"
-    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions"]
-    command += ["--model_args", given, "--tasks", asked.tasks]
-    command += ["--apply_chat_template"] if asked.is_chat else []
-    command += ["--include_path", str(asked.folder)] if asked.folder else []
-    return command + (["--limit", str(asked.limit)] if asked.limit else [])
+def _settings(
+    asked: Harness, url: str, model: str, context: int, api_key: str | None
+) -> dict[str, object]:
+    reached = {
+        "model": model,
+        "base_url": f"{url.rstrip('/')}/v1/completions",
+        "tokenizer_backend": "remote",
+        "num_concurrent": 8,
+        "max_length": context,
+        "auth_token": api_key,
+    }
+    return {
+        "model": "local-completions",
+        "model_args": reached,
+        "tasks": asked.tasks,
+        "include_path": str(asked.folder) if asked.folder else None,
+        "limit": asked.limit,
+        "apply_chat_template": asked.is_chat,
+    }
