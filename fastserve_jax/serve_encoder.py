@@ -1,26 +1,32 @@
-"""`fastserve serve` of an encoder: the same server, and a loop that takes texts in turn."""
+"""`fastserve serve` of an encoder, or of a decoder that says labels: the same server, and a loop
+that takes texts in turn."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fastserve_jax.config import Settings
 from fastserve_jax.encoding import Encodings
 from fastserve_jax.metrics import Metrics
+from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import fill
-from fastserve_jax.models.encoder import abstract_encoder
+from fastserve_jax.models.encoder import EncoderConfig, abstract_encoder
+from fastserve_jax.models.labeller import abstract_labeller
 from fastserve_jax.runtime.compile import CompileCounter, keep_compiled
 from fastserve_jax.runtime.encoder import EncoderRunner
 from fastserve_jax.server.lifecycle import serve
 from fastserve_jax.server.state import ServedEncoder, ServerState
 from fastserve_jax.terminal import console
-from fastserve_jax.text.wordpiece import load_wordpiece
+from fastserve_jax.text.load import load_reader
 from fastserve_jax.weights.encoder import EncoderFiles
 
 _MAX_TEXTS = 64  # in a step, of
@@ -53,8 +59,8 @@ async def serve_encoder(
             async with loop:
                 metrics.observe(_numbers(loop, counter, time.perf_counter() - began))
                 config = files.config
-                words = load_wordpiece(files.path)
-                shape = (config.max_context, config.hidden_size, config.labels)
+                words = load_reader(files.path)
+                shape = (_context(config), config.hidden_size, config.labels)
                 state.ready(ServedEncoder(files.name, loop, words, *shape))
                 console.print(_ready(files, await url, time.perf_counter() - began), soft_wrap=True)
                 finished = await server
@@ -69,14 +75,24 @@ def _runner(files: EncoderFiles, settings: Settings) -> EncoderRunner:
     dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16}.get(
         settings.model.dtype, jnp.float32 if on_cpu else jnp.bfloat16
     )
-    graph, empty = abstract_encoder(files.config, dtype)
+    graph, empty = _abstract(files.config, dtype)
     state = fill(empty, {name: jnp.asarray(array, dtype) for name, array in files.tensors()})
-    runner = EncoderRunner(
-        graph, files.config, state, max_texts=_MAX_TEXTS, step_tokens=_STEP_TOKENS
-    )
+    config = replace(files.config, max_context=_context(files.config))
+    runner = EncoderRunner(graph, config, state, max_texts=_MAX_TEXTS, step_tokens=_STEP_TOKENS)
     with console.status("compiling") as status:
         runner.warm_up(lambda done, of: status.update(f"compiling: {done} of {of}"))
     return runner
+
+
+def _context(config: EncoderConfig | ModelConfig) -> int:
+    """Tokens of a text: no more than a step has, though many a decoder could read more."""
+    return min(config.max_context, _STEP_TOKENS)
+
+
+def _abstract(config: EncoderConfig | ModelConfig, dtype: DTypeLike) -> tuple[Any, Any]:
+    if isinstance(config, EncoderConfig):
+        return abstract_encoder(config, dtype)
+    return abstract_labeller(config, dtype)
 
 
 def _numbers(

@@ -17,6 +17,7 @@ from flax import nnx
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import Decoder, State, abstract, fill
 from fastserve_jax.models.encoder import EncoderConfig, abstract_encoder
+from fastserve_jax.models.labeller import abstract_labeller
 from fastserve_jax.models.precision import Precision
 from fastserve_jax.models.whole import logits_of
 
@@ -71,10 +72,11 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Classifier:
-    """An encoder that says which label a text has."""
+    """An encoder, or a decoder, that says which label a text has."""
 
-    config: EncoderConfig
+    config: EncoderConfig | ModelConfig
     dtype: Any = jnp.float32
+    remat: bool = False  # of a decoder
 
     def loss(self, arrays: Arrays, batch: Arrays) -> Loss:
         lengths = batch["lengths"]
@@ -83,11 +85,16 @@ class Classifier:
 
     def logits(self, arrays: Arrays, batch: Arrays) -> jax.Array:
         """[texts, labels] float32."""
-        graph, _ = abstract_encoder(self.config, self.dtype)
-        _, empty = abstract_encoder(self.config, jnp.float32)
-        state = fill(empty, {name: array.astype(self.dtype) for name, array in arrays.items()})
-        tokens = batch["tokens"].astype(jnp.int32)
-        return nnx.merge(graph, state).logits(tokens, batch["lengths"])
+        tokens, lengths = batch["tokens"].astype(jnp.int32), batch["lengths"]
+        given = {name: array.astype(self.dtype) for name, array in arrays.items()}
+        if isinstance(self.config, EncoderConfig):
+            graph, _ = abstract_encoder(self.config, self.dtype)
+            _, empty = abstract_encoder(self.config, jnp.float32)
+            return nnx.merge(graph, fill(empty, given)).logits(tokens, lengths)
+        decoder, _ = abstract_labeller(self.config, self.dtype)
+        _, empty = abstract_labeller(self.config, jnp.float32)
+        labeller = nnx.merge(decoder, fill(empty, given))
+        return labeller.logits(tokens, lengths, remat=self.remat)
 
 
 def _cross_entropy(logits: jax.Array, target: jax.Array, counts: jax.Array) -> Each:

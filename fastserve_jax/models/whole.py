@@ -41,13 +41,19 @@ def logits_at(
     remat: bool = False,
 ) -> jax.Array:
     """The same of tokens whose place is known."""
-    decoder = nnx.merge(graph, state)
+    hidden = hidden_at(nnx.merge(graph, state), config, tokens, at, remat=remat)
+    return project(hidden, head_of(config, state), tokens.shape[0])
+
+
+def hidden_at(
+    decoder: Decoder, config: ModelConfig, tokens: jax.Array, at: Place, *, remat: bool = False
+) -> jax.Array:
+    """-> [n, hidden_size] in the model's dtype, normed for the head."""
     x, turns = decoder.embedded(tokens, at), rotations(config, at.positions)
     run = jax.checkpoint(_run, static_argnums=0) if remat else _run
     for i, layer in enumerate(decoder.layers):
         x = run(*nnx.split(layer), x, at, turns[config.window(i) > 0])
-    hidden = decoder.final_norm(x).astype(decoder.dtype)
-    return project(hidden, head_of(config, state), tokens.shape[0])
+    return decoder.final_norm(x).astype(decoder.dtype)
 
 
 def place_alone(tokens: jax.Array) -> Place:
