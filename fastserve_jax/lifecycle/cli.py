@@ -26,6 +26,7 @@ def prepare_data(
     context: int = 512,
     holdout: float = 0.01,
     labels: Annotated[bool, Parameter(negative=())] = False,
+    near: float = 0.0,
 ) -> None:
     """Clean FILES, leave out what is there twice, turn it into tokens and pack these into rows.
 
@@ -46,11 +47,14 @@ def prepare_data(
         Share of the documents that is kept to measure with.
     labels
         Each text has a label (a column label, category, class or intent), which is to be learned.
+    near
+        Leave out what is as much like a document before it, by the share of runs of five words that
+        both have: .8 is usual. 0 leaves out only what is the same.
     """
     from fastserve_jax.lifecycle.commands import run_prepare
     from fastserve_jax.lifecycle.prepare import Wanted
 
-    wanted = Wanted(context, vocabulary, holdout, "labels" if labels else "text")
+    wanted = Wanted(context, vocabulary, holdout, "labels" if labels else "text", near)
     run_prepare(files, out, wanted, tokenizer, cache_folder())
 
 

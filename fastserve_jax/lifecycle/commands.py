@@ -38,7 +38,9 @@ def run_prepare(
         facts = prepare(
             files, out, wanted, lambda stage, done: status.update(f"{stage}: {done:,} documents")
         )
-    left_out = f"{facts.repeated:,} there twice and {facts.empty:,} empty ones left out"
+    left_out = f"{facts.repeated:,} there twice"
+    left_out += f", {facts.near:,} nearly so" if wanted.near else ""
+    left_out += f" and {facts.empty:,} empty ones left out"
     console.print(
         f"{facts.documents:,} documents ({left_out}), {facts.tokens:,} to be learned, in "
         f"{facts.train_rows:,} rows of {facts.context} and {facts.valid_rows:,} to measure with; "
