@@ -26,6 +26,7 @@ def prepare_data(
     context: int = 512,
     holdout: float = 0.01,
     labels: Annotated[bool, Parameter(negative=())] = False,
+    near: float = 0.0,
 ) -> None:
     """Clean FILES, leave out what is there twice, turn it into tokens and pack these into rows.
 
@@ -46,11 +47,14 @@ def prepare_data(
         Share of the documents that is kept to measure with.
     labels
         Each text has a label (a column label, category, class or intent), which is to be learned.
+    near
+        Leave out what is as much like a document before it, by the share of runs of five words that
+        both have: .8 is usual. 0 leaves out only what is the same.
     """
     from fastserve_jax.lifecycle.commands import run_prepare
     from fastserve_jax.lifecycle.prepare import Wanted
 
-    wanted = Wanted(context, vocabulary, holdout, "labels" if labels else "text")
+    wanted = Wanted(context, vocabulary, holdout, "labels" if labels else "text", near)
     run_prepare(files, out, wanted, tokenizer, cache_folder())
 
 
@@ -92,24 +96,58 @@ def search(
 
 def evaluate(
     model: str,
-    data: Path,
+    data: Path | None = None,
     /,
     *,
     part: str = "valid",
+    server: str = "http://127.0.0.1:8000",
+    max_tokens: int = 256,
+    tasks: str = "",
+    tasks_from: Path | None = None,
+    limit: int | None = None,
+    chat: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """Measure MODEL on the prepared folder DATA: perplexity of text, or how it does at labels.
+    """Measure MODEL, and keep what is found beside a registered version.
+
+    DATA is a prepared folder: perplexity of text, or how it does at labels, by the model itself. Or
+    it is a file of questions and answers, or --tasks are lm-eval's: then the server is asked, which
+    must be serving MODEL (as /v1/models calls it, or a version).
 
     Parameters
     ----------
     part
-        valid (what --holdout kept apart) or train (all of a folder prepared with --holdout 0).
+        Of a folder: valid (what --holdout kept apart) or train (all of one with --holdout 0).
+    server
+        Where MODEL is served. FASTSERVE_API_KEY is its key, where it wants one.
+    max_tokens
+        Of an answer, at the most.
+    tasks
+        Of lm-eval, by comma.
+    tasks_from
+        A folder with tasks of your own, as lm-eval's YAML files.
+    limit
+        Documents of each task.
+    chat
+        Put tasks by the model's chat template.
     json
         Print one object instead of a table.
     """
-    from fastserve_jax.lifecycle.commands import run_evaluate
+    import os
 
-    run_evaluate(model, data, part, json, cache_folder())
+    from fastserve_jax.errors import ConfigError
+    from fastserve_jax.lifecycle.harness import Harness
+    from fastserve_jax.lifecycle.measured import run_answers, run_evaluate, run_tasks
+
+    if (data is None) == (not tasks):
+        raise ConfigError("name what to measure with: a prepared folder, a file, or --tasks")
+    key, cache = os.environ.get("FASTSERVE_API_KEY"), cache_folder()
+    if data is None:
+        run_tasks(model, Harness(tasks, tasks_from, limit, chat), server, key, json, cache)
+    elif data.is_file():
+        run_answers(model, data, server, key, max_tokens, json, cache)
+    else:
+        run_evaluate(model, data, part, json, cache)
 
 
 models = App(name="models", help="What can be served: the catalogue, and versions of our own.")

@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastserve_jax.config import read_settings
-from fastserve_jax.errors import ConfigError
 from fastserve_jax.runtime.hosts import divide_cpu
 from fastserve_jax.terminal import console
-from fastserve_jax.text.load import load_words
 from fastserve_jax.weights.registry import REGISTRY, Registry, Version, check_name
 
 from .dataset import TOKENIZER, Dataset
@@ -41,7 +38,9 @@ def run_prepare(
         facts = prepare(
             files, out, wanted, lambda stage, done: status.update(f"{stage}: {done:,} documents")
         )
-    left_out = f"{facts.repeated:,} there twice and {facts.empty:,} empty ones left out"
+    left_out = f"{facts.repeated:,} there twice"
+    left_out += f", {facts.near:,} nearly so" if wanted.near else ""
+    left_out += f" and {facts.empty:,} empty ones left out"
     console.print(
         f"{facts.documents:,} documents ({left_out}), {facts.tokens:,} to be learned, in "
         f"{facts.train_rows:,} rows of {facts.context} and {facts.valid_rows:,} to measure with; "
@@ -144,38 +143,3 @@ def _tried(tried: Tried) -> str:
         for name, value in tried.settings.items()
     )
     return f"trial {tried.number}: {found} with {said}"
-
-
-def run_evaluate(reference: str, folder: Path, part: str, as_json: bool, cache_dir: Path) -> None:
-    import jax.numpy as jnp
-
-    from .evaluate import evaluate, text_of
-    from .origin import open_arrays
-
-    data = Dataset(folder)
-    model, arrays, vocab_size = open_arrays(reference, cache_dir, jnp.float32)
-    if vocab_size != data.facts.vocab_size:
-        raise ConfigError(f"{folder} was prepared with another vocabulary than {reference}'s")
-    with Progress(TextColumn("measuring"), BarColumn(), console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        found = evaluate(
-            model, arrays, data, part, lambda n, of: bar.update(task, completed=n, total=of)
-        )
-    registry = Registry(cache_dir / REGISTRY)
-    version = registry.find(reference)
-    if version is not None:
-        measured = {"data": data.facts.fingerprint, "part": part, **found.metrics}
-        registry.note(version, measured)
-    if as_json:
-        print(msgspec.json.encode(found).decode())
-        return
-    out = Console()
-    if found.report:
-        out.print(found.report, highlight=False)
-    for name, value in found.metrics.items():
-        out.print(f"{name:12}{value:10.4f}", highlight=False)
-    words = load_words(data.folder / TOKENIZER) if found.errors else None
-    for error in found.errors:
-        assert words is not None
-        said = words(text_of(data, part, error.row))
-        out.print(f"{error.share:.0%} {error.given}, not {error.label}: {said}", highlight=False)

@@ -42,6 +42,7 @@ class Facts:
     empty: int
     fingerprint: str  # of sources and settings
     labels: tuple[str, ...] = ()
+    near: int = 0  # documents left out because they were nearly like another
 
 
 class Dataset:

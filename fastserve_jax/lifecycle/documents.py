@@ -19,6 +19,8 @@ from typing import IO, Any
 
 from fastserve_jax.errors import DataError
 
+from .near import Near
+
 END = "<|endoftext|>"  # between the documents of a text file; without any, blank lines are
 _MOST_CHARACTERS = 1 << 24  # of one document
 _BLOCK_CHARACTERS = 1 << 20
@@ -43,15 +45,18 @@ class Counts:
     read: int = 0
     empty: int = 0
     repeated: int = 0
+    near: int = 0  # nearly like another
 
     @property
     def kept(self) -> int:
-        return self.read - self.empty - self.repeated
+        return self.read - self.empty - self.repeated - self.near
 
 
-def documents(paths: Iterable[Path], counts: Counts) -> Iterator[Document]:
-    """Of all files in their order, cleaned, none empty and none twice. Raises DataError."""
+def documents(paths: Iterable[Path], counts: Counts, near: float = 0) -> Iterator[Document]:
+    """Of all files in their order, cleaned, none empty, none twice and, unless `near` is 0, none as
+    much like one before it. Raises DataError."""
     seen: set[bytes] = set()
+    alike = Near(near) if near else None
     for path in paths:
         for found in _read(path):
             counts.read += 1
@@ -59,11 +64,15 @@ def documents(paths: Iterable[Path], counts: Counts) -> Iterator[Document]:
             if not cleaned.text and not cleaned.messages:
                 counts.empty += 1
                 continue
-            mark = _mark(cleaned)
+            plain = _plain_words(cleaned)
+            mark = _mark(plain, cleaned.label)
             if mark in seen:
                 counts.repeated += 1
                 continue
             seen.add(mark)
+            if alike is not None and alike.has(plain, cleaned.label):
+                counts.near += 1
+                continue
             yield cleaned
 
 
@@ -88,11 +97,15 @@ def _cleaned(document: Document) -> Document:
     return Document(clean(document.text), messages, document.label.strip())
 
 
-def _mark(document: Document) -> bytes:
+def _plain_words(document: Document) -> str:
     """The same of documents that differ in no more than case, spaces and punctuation."""
     said = document.text or json.dumps(document.messages, sort_keys=True)
-    plain = re.sub(r"\W+", " ", said.casefold()).strip() + "\0" + document.label
-    return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return re.sub(r"\W+", " ", said.casefold()).strip()
+
+
+def _mark(plain: str, label: str) -> bytes:
+    said = f"{plain}\0{label}".encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(said, digest_size=16).digest()
 
 
 def _read(path: Path) -> Iterator[Document]:

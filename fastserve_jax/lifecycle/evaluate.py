@@ -1,15 +1,18 @@
 """`fastserve evaluate`: how good a model is, by text that it has not seen.
 
-    text    perplexity and the share of tokens that were expected most
+    text    perplexity and the share of tokens that were expected most, with the passages and tokens
+            that were expected least
     labels  accuracy, precision, recall and F1, by scikit-learn, with the errors that say most
 
-What is found is kept beside a registered version.
+By the model's arrays, without a server; answers.py and harness.py ask one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from heapq import nlargest
+from itertools import chain
 from math import exp
 from typing import Any
 
@@ -23,6 +26,7 @@ from .dataset import TRAIN, VALID, Dataset
 from .losses import Classifier, Model
 
 _MOST_EXAMPLES = 10
+_LEAST_TOKENS = 8  # of a passage that is shown: of fewer the mean says little
 _BATCH = 16
 
 type Progress = Callable[[int, int], None]
@@ -39,10 +43,22 @@ class Error:
 
 
 @dataclass(frozen=True, slots=True)
+class Passage:
+    """A document, or what a row has of it, and its token that was expected least."""
+
+    row: int
+    segment: int
+    loss: float  # nats for each token
+    at: int  # in the row
+    nats: float  # of that token
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     metrics: Mapping[str, float]
     report: str = ""  # by label
     errors: tuple[Error, ...] = field(default=())
+    passages: tuple[Passage, ...] = field(default=())
 
 
 def evaluate(
@@ -65,20 +81,35 @@ def evaluate(
 def _text(
     model: Model, arrays: Mapping[str, Any], data: Dataset, part: str, progress: Progress
 ) -> Found:
-    run = jax.jit(model.loss)
+    run = jax.jit(model.each)
     nats, tokens, right, done = 0.0, 0, 0, 0
+    worst: list[Passage] = []
     rows = getattr(data.facts, f"{part}_rows")
     for batch in data.batches(part, _BATCH, None):
         own = len(batch["tokens"])
-        told = run(arrays, _filled(batch, _BATCH - own, "learned"))
-        nats, tokens, right = (
-            nats + float(told[0]),
-            tokens + int(told[1][0]),
-            right + int(told[1][1]),
-        )
+        made = run(arrays, _filled(batch, _BATCH - own, "learned"))
+        each, counts, hits = (np.asarray(one)[:own] for one in made)
+        nats += float(each.sum(dtype=np.float64))
+        tokens, right = tokens + int(counts.sum()), right + int(hits.sum())
+        passages = _passages(each, counts, batch["segments"][:, 1:], done)
+        worst = nlargest(_MOST_EXAMPLES, chain(worst, passages), lambda one: one.loss)
         progress(done := done + own, rows)
     mean = nats / max(1, tokens)
-    return Found({"loss": mean, "perplexity": exp(mean), "accuracy": right / max(1, tokens)})
+    metrics = {"loss": mean, "perplexity": exp(mean), "accuracy": right / max(1, tokens)}
+    return Found(metrics, passages=tuple(worst))
+
+
+def _passages(
+    nats: NDArray[Any], counts: NDArray[Any], segments: NDArray[Any], first: int
+) -> Iterator[Passage]:
+    """[rows, n - 1] each, of rows from `first` on and the tokens behind their first."""
+    for row in range(len(nats)):
+        for segment in np.unique(segments[row][counts[row]]):
+            own = np.flatnonzero(counts[row] & (segments[row] == segment))
+            if len(own) >= _LEAST_TOKENS:
+                least = own[nats[row][own].argmax()]
+                loss, most = float(nats[row][own].mean()), float(nats[row][least])
+                yield Passage(first + row, int(segment), loss, int(least) + 1, most)
 
 
 def _labels(
@@ -146,3 +177,12 @@ def text_of(data: Dataset, part: str, row: int) -> list[int]:
     """Tokens of a labelled text."""
     arrays = data.arrays(part)
     return [int(id) for id in arrays["tokens"][row][: arrays["lengths"][row]]]
+
+
+def passage_of(data: Dataset, part: str, passage: Passage) -> tuple[list[int], list[int]]:
+    """Its tokens before the one that was expected least, and from there on."""
+    arrays = data.arrays(part)
+    own = arrays["segments"][passage.row] == passage.segment
+    tokens, at = arrays["tokens"][passage.row], np.arange(len(own))
+    before, behind = (tokens[own & side] for side in (at < passage.at, at >= passage.at))
+    return before.tolist(), behind.tolist()

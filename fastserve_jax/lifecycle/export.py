@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.models.decoder import parameters
+from fastserve_jax.models.whole import logits_at, place_alone
 from fastserve_jax.terminal import Bars, console
 from fastserve_jax.text.to_gguf import gguf_vocabulary
 from fastserve_jax.weights.export import write_folder, write_gguf
@@ -22,6 +23,8 @@ from fastserve_jax.weights.load import ModelFiles, open_model
 
 from .losses import Model
 from .vocabulary import copy_vocabulary
+
+_MOST_ONNX_BYTES = 2_000_000_000  # protobuf's bound
 
 
 def run_export(reference: str, out: Path, cache_dir: Path) -> None:
@@ -37,6 +40,8 @@ def run_export(reference: str, out: Path, cache_dir: Path) -> None:
         write_gguf(out, files.name, files.config, _parameters(files), words)
     elif out.suffix == ".stablehlo":
         _write_program(out, files)
+    elif out.suffix == ".onnx":
+        _write_onnx(out, files)
     else:
         write_folder(out, files.config, _in_bf16(_parameters(files)))
         copy_vocabulary(files.tokenizer_source, out)
@@ -57,6 +62,31 @@ def _write_program(out: Path, files: ModelFiles) -> None:
     made = export.export(jax.jit(logits), platforms=("cpu", "cuda", "tpu"))(given)
     unfinished = out.with_name(f".{out.name}")
     unfinished.write_bytes(made.serialize())
+    os.replace(unfinished, out)
+
+
+def _write_onnx(out: Path, files: ModelFiles) -> None:
+    """tokens [n] int32 -> logits [n, vocab_size] float32 of one sequence, its weights inside, by
+    jax2onnx."""
+    try:
+        from jax2onnx import to_onnx
+    except ModuleNotFoundError as error:
+        raise ConfigError("ONNX needs jax2onnx: pip install 'fastserve-jax[onnx]'") from error
+    if files.config.num_experts:
+        raise ConfigError(f"{files.name} is a mixture of experts, which jax2onnx cannot write down")
+    model = Model(files.config, jnp.float32)
+    arrays = {name: jnp.asarray(array, jnp.float32) for name, array in _parameters(files)}
+    if (held := sum(array.nbytes for array in arrays.values())) > _MOST_ONNX_BYTES:
+        raise ConfigError(f"{files.name} has {held / 1e9:.1f} GB in float32: an .onnx file has 2")
+
+    def logits(tokens: jax.Array) -> jax.Array:
+        state = model.filled(arrays)
+        return logits_at(model.graph, model.config, state, tokens, place_alone(tokens))
+
+    given = jax.ShapeDtypeStruct(export.symbolic_shape("n"), jnp.int32)  # type: ignore[no-untyped-call]
+    made = to_onnx(logits, [given], input_names=["tokens"], output_names=["logits"])
+    unfinished = out.with_name(f".{out.name}")
+    unfinished.write_bytes(made.SerializeToString())
     os.replace(unfinished, out)
 
 

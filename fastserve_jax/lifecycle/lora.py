@@ -36,11 +36,12 @@ class Lora:
 
 
 def adapters(arrays: Arrays, lora: Lora, seed: int) -> dict[str, jax.Array]:
-    """For the matrices among `arrays` that are targets. Raises ConfigError where there is none."""
+    """For the matrices among `arrays` that are targets, and whole what says labels, which begins
+    at nothing. Raises ConfigError where there is no target."""
     chosen = {name: array for name, array in arrays.items() if array.ndim == 2 and lora.of(name)}
     if not chosen:
         raise ConfigError(f"no matrix is named like {', '.join(lora.targets)}")
-    made = {}
+    made = {name: array for name, array in arrays.items() if name.startswith("classifier.")}
     keys = jax.random.split(jax.random.key(seed), len(chosen))
     for key, (name, array) in zip(keys, sorted(chosen.items()), strict=True):
         out, size = array.shape
@@ -55,7 +56,8 @@ def merged(arrays: Arrays, trained: Arrays, lora: Lora) -> dict[str, jax.Array]:
 
     def one(name: str, array: jax.Array) -> jax.Array:
         if f"{name}.a" not in trained:
-            return array
+            whole: jax.Array = trained.get(name, array)
+            return whole
         change: jax.Array = trained[f"{name}.b"] @ trained[f"{name}.a"]
         return array + lora.scale * change
 

@@ -17,11 +17,13 @@ from flax import nnx
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import Decoder, State, abstract, fill
 from fastserve_jax.models.encoder import EncoderConfig, abstract_encoder
+from fastserve_jax.models.labeller import abstract_labeller
 from fastserve_jax.models.precision import Precision
 from fastserve_jax.models.whole import logits_of
 
 type Arrays = Mapping[str, jax.Array]
 type Loss = tuple[jax.Array, tuple[jax.Array, jax.Array]]  # nats, (how many count, and are right)
+type Each = tuple[jax.Array, jax.Array, jax.Array]  # nats, whether it counts, and is right
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,10 @@ class Model:
     def loss(self, arrays: Arrays, batch: Arrays) -> Loss:
         """Of each token from those before it of its document, padding and what is only read left
         out."""
+        return _summed(self.each(arrays, batch))
+
+    def each(self, arrays: Arrays, batch: Arrays) -> Each:
+        """[rows, n - 1]: of the tokens behind the first."""
         tokens, segments = batch["tokens"].astype(jnp.int32), batch["segments"].astype(jnp.int32)
         logits = self.logits(arrays, tokens, segments)[:, :-1]
         counts = batch["learned"][:, 1:] & (segments[:, 1:] == segments[:, :-1])
@@ -66,26 +72,38 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Classifier:
-    """An encoder that says which label a text has."""
+    """An encoder, or a decoder, that says which label a text has."""
 
-    config: EncoderConfig
+    config: EncoderConfig | ModelConfig
     dtype: Any = jnp.float32
+    remat: bool = False  # of a decoder
 
     def loss(self, arrays: Arrays, batch: Arrays) -> Loss:
         lengths = batch["lengths"]
-        return _cross_entropy(self.logits(arrays, batch), batch["labels"], lengths > 0)
+        each = _cross_entropy(self.logits(arrays, batch), batch["labels"], lengths > 0)
+        return _summed(each)
 
     def logits(self, arrays: Arrays, batch: Arrays) -> jax.Array:
         """[texts, labels] float32."""
-        graph, _ = abstract_encoder(self.config, self.dtype)
-        _, empty = abstract_encoder(self.config, jnp.float32)
-        state = fill(empty, {name: array.astype(self.dtype) for name, array in arrays.items()})
-        tokens = batch["tokens"].astype(jnp.int32)
-        return nnx.merge(graph, state).logits(tokens, batch["lengths"])
+        tokens, lengths = batch["tokens"].astype(jnp.int32), batch["lengths"]
+        given = {name: array.astype(self.dtype) for name, array in arrays.items()}
+        if isinstance(self.config, EncoderConfig):
+            graph, _ = abstract_encoder(self.config, self.dtype)
+            _, empty = abstract_encoder(self.config, jnp.float32)
+            return nnx.merge(graph, fill(empty, given)).logits(tokens, lengths)
+        decoder, _ = abstract_labeller(self.config, self.dtype)
+        _, empty = abstract_labeller(self.config, jnp.float32)
+        labeller = nnx.merge(decoder, fill(empty, given))
+        return labeller.logits(tokens, lengths, remat=self.remat)
 
 
-def _cross_entropy(logits: jax.Array, target: jax.Array, counts: jax.Array) -> Loss:
+def _cross_entropy(logits: jax.Array, target: jax.Array, counts: jax.Array) -> Each:
     chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
     nats = jax.nn.logsumexp(logits, axis=-1) - chosen
     right = (jnp.argmax(logits, axis=-1) == target) & counts
-    return jnp.sum(jnp.where(counts, nats, 0)), (jnp.sum(counts), jnp.sum(right))
+    return jnp.where(counts, nats, 0), counts, right
+
+
+def _summed(each: Each) -> Loss:
+    nats, counts, right = (jnp.sum(one) for one in each)
+    return nats, (counts, right)

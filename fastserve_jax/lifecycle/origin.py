@@ -1,4 +1,4 @@
-"""What training goes on from: a decoder, or an encoder that is to learn labels."""
+"""What training goes on from: a decoder, or one that is to learn labels, or an encoder that is."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import numpy as np
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.models.decoder import parameters
 from fastserve_jax.terminal import Bars
-from fastserve_jax.text.load import load_tokenizer
-from fastserve_jax.text.wordpiece import load_wordpiece
+from fastserve_jax.text.load import load_reader, load_tokenizer
 from fastserve_jax.weights.load import find_encoder, open_model
 
 from .dataset import Dataset
@@ -42,10 +41,9 @@ def open_base(
             f"{settings.data} has a vocabulary of {known}, {settings.base} one of {vocab_size}: "
             f"prepare it with --tokenizer {settings.base}"
         )
-    if isinstance(model, Classifier):
-        return _for_labels(settings, data, model, arrays)
-    if data.facts.kind != "text":
-        raise ConfigError(f"{settings.data} has labels, and {settings.base} is no encoder")
+    if isinstance(model, Classifier) or data.facts.kind == "labels":
+        taught = Classifier(model.config, model.dtype, settings.remat)
+        return _for_labels(settings, data, taught, arrays)
     return replace(model, remat=settings.remat), arrays
 
 
@@ -56,7 +54,7 @@ def open_arrays(
     with Bars() as bars:
         encoder = find_encoder(reference, cache_dir, bars.pull)
         if encoder is not None:
-            size = load_wordpiece(encoder.path).vocab_size
+            size = load_reader(encoder.path).vocab_size
             return Classifier(encoder.config, dtype), dict(encoder.tensors()), size
         files = open_model(reference, cache_dir, bars.pull)
         bars.opened(files)

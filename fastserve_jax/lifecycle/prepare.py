@@ -45,12 +45,15 @@ class Wanted:
     vocabulary: str = ""
     holdout: float = 0.01  # of documents, to measure with
     kind: str = "text"
+    near: float = 0.0  # how much alike two documents are, of which one is left out; 0: they stay
 
     def __post_init__(self) -> None:
         if self.context < 8:
             raise ConfigError(f"a context of {self.context} is too short: 8 at the least")
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"holdout is a share of the documents, not {self.holdout}")
+        if not 0 <= self.near <= 1:
+            raise ConfigError(f"near is a similarity from 0 to 1, not {self.near}")
         if self.kind not in ARRAYS:
             raise ConfigError(f"no kind {self.kind}: there are {', '.join(ARRAYS)}")
 
@@ -74,7 +77,7 @@ def prepare(
         _train(files, folder, wanted, progress)
     counts, labels = Counts(), _labels(files) if wanted.kind == "labels" else ()
     maker = _maker(wanted, folder / TOKENIZER, labels)
-    several = batched(documents(files, counts), _PART_DOCUMENTS)
+    several = batched(documents(files, counts, wanted.near), _PART_DOCUMENTS)
     names = [_part(parts, number, some, maker) for number, some in _told(several, progress)]
     rows = {part: _join(names, part, folder, wanted.kind) for part in (TRAIN, VALID)}
     if not rows[TRAIN]:
@@ -92,6 +95,7 @@ def prepare(
         empty=counts.empty,
         fingerprint=mark,
         labels=labels,
+        near=counts.near,
     )
     _write(done, msgspec.json.format(msgspec.json.encode(asdict(facts))))
     shutil.rmtree(folder / _PARTS)

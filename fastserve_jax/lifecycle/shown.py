@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -54,7 +55,15 @@ def show_version(reference: str, cache_dir: Path) -> None:
         console.print(f"data {version.data}", highlight=False)
     for name, value in version.metrics.items():
         console.print(f"{name} {value:g}", highlight=False)
+    for note in registry.notes(version):
+        console.print(_measured(note), highlight=False, markup=False)
     console.print_json(data=dict(version.settings))
+
+
+def _measured(note: Mapping[str, object]) -> str:
+    said = (f"{name} {value:.4g}" for name, value in note.items() if isinstance(value, float))
+    what = note.get("tasks") or f"data {note.get('data')}"
+    return f"{note['at']} on {what}: {', '.join(said)}"
 
 
 def _ancestors(registry: Registry, version: Version) -> list[str]:

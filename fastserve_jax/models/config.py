@@ -56,6 +56,7 @@ class ModelConfig:
     attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
     num_experts: int = 0  # MLPs of each layer, of which a token chooses; 0: there is one
     experts_per_token: int = 0
+    labels: tuple[str, ...] = ()  # of one that says labels, and writes nothing
     norm_topk: bool = True  # what those that are chosen count adds up to one
 
     def window(self, layer: int) -> int:

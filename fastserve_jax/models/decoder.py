@@ -148,9 +148,9 @@ def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, at: Place, scale: float, window: int
 ) -> jax.Array:
     """[tokens, heads, head_dim] each, of rows behind each other: causal within a row."""
-    count = q.shape[0]
-    ahead = jnp.arange(count)[:, None] - jnp.arange(count)
-    mask = (at.rows[:, None] == at.rows) & (ahead >= 0) & (ahead < (window or count))
+    ahead = at.positions[:, None] - at.positions
+    mask = (at.rows[:, None] == at.rows) & (ahead >= 0)
+    mask = mask & (ahead < window) if window else mask
     return jax.nn.dot_product_attention(q[None], k[None], v[None], mask=mask[None], scale=scale)[0]
 
 

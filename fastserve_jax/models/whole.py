@@ -28,14 +28,40 @@ def logits_of(
 ) -> jax.Array:
     """tokens, rows [n] int32 -> [n, vocab_size] float32. `rows` never falls. With `remat` each
     layer is computed again for its gradient, instead of kept (Chen et al., 2016)."""
-    at = place_whole(rows)
-    decoder = nnx.merge(graph, state)
+    return logits_at(graph, config, state, tokens, place_whole(rows), remat=remat)
+
+
+def logits_at(
+    graph: nnx.GraphDef[Decoder],
+    config: ModelConfig,
+    state: State,
+    tokens: jax.Array,
+    at: Place,
+    *,
+    remat: bool = False,
+) -> jax.Array:
+    """The same of tokens whose place is known."""
+    hidden = hidden_at(nnx.merge(graph, state), config, tokens, at, remat=remat)
+    return project(hidden, head_of(config, state), tokens.shape[0])
+
+
+def hidden_at(
+    decoder: Decoder, config: ModelConfig, tokens: jax.Array, at: Place, *, remat: bool = False
+) -> jax.Array:
+    """-> [n, hidden_size] in the model's dtype, normed for the head."""
     x, turns = decoder.embedded(tokens, at), rotations(config, at.positions)
     run = jax.checkpoint(_run, static_argnums=0) if remat else _run
     for i, layer in enumerate(decoder.layers):
         x = run(*nnx.split(layer), x, at, turns[config.window(i) > 0])
-    hidden = decoder.final_norm(x).astype(decoder.dtype)
-    return project(hidden, head_of(config, state), tokens.shape[0])
+    return decoder.final_norm(x).astype(decoder.dtype)
+
+
+def place_alone(tokens: jax.Array) -> Place:
+    """Of one sequence, by no more than adding up: what every exporter can write down, however long
+    it is."""
+    nothing = tokens * 0
+    positions = jax.lax.cumsum(nothing + 1) - 1
+    return Place(nothing, positions, nothing, nothing, jnp.int32(tokens.shape[0]))
 
 
 def place_whole(rows: jax.Array) -> Place:

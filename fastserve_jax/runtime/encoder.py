@@ -15,7 +15,9 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
+from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.encoder import Encoder, EncoderConfig, State
+from fastserve_jax.models.labeller import Labeller
 
 _SHORTEST = 16
 
@@ -30,8 +32,8 @@ class Text(Protocol):
 class EncoderRunner:
     def __init__(
         self,
-        graph: nnx.GraphDef[Encoder],
-        config: EncoderConfig,
+        graph: nnx.GraphDef[Encoder] | nnx.GraphDef[Labeller],
+        config: EncoderConfig | ModelConfig,
         state: State,
         *,
         max_texts: int,
@@ -44,8 +46,10 @@ class EncoderRunner:
 
         def run(state: State, tokens: jax.Array, lengths: jax.Array, kinds: jax.Array) -> jax.Array:
             encoder = nnx.merge(graph, state)
-            made = encoder.logits if config.labels else encoder.vectors
-            return made(tokens, lengths, kinds)
+            if config.labels:
+                return encoder.logits(tokens, lengths, kinds)
+            assert isinstance(encoder, Encoder), "a decoder without labels writes text"
+            return encoder.vectors(tokens, lengths, kinds)
 
         self._program = jax.jit(run)
 

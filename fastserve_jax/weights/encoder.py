@@ -16,10 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastserve_jax.errors import ModelFileError
+from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.encoder import EncoderConfig
 from fastserve_jax.weights.huggingface import Folder
 from fastserve_jax.weights.names import Names
-from fastserve_jax.weights.orbax import ENCODER, Checkpoint
+from fastserve_jax.weights.orbax import (
+    CONFIG,
+    ENCODER,
+    Checkpoint,
+    is_checkpoint,
+    read_model_config,
+)
 
 _LAYER = "encoder.layer.{i}."
 _PARTS = {
@@ -44,7 +51,8 @@ _MOST_BYTES = 8 << 30
 
 
 def is_encoder(folder: Path) -> bool:
-    if (folder / ENCODER).is_file():
+    """Or a decoder of ours that says labels: neither writes text."""
+    if (folder / ENCODER).is_file() or _json(folder / CONFIG).get("labels"):
         return True
     return _json(folder / "config.json").get("architectures", [""])[0] in _ARCHITECTURES
 
@@ -53,7 +61,7 @@ def is_encoder(folder: Path) -> bool:
 class EncoderFiles:
     name: str
     path: Path
-    config: EncoderConfig
+    config: EncoderConfig | ModelConfig
     _source: Folder | Checkpoint = field(repr=False)
 
     def tensors(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -103,6 +111,8 @@ def unpacked(archive: Path) -> Path:
 
 def open_encoder(folder: Path, name: str) -> EncoderFiles:
     """Of Hugging Face's, or of our own. Raises ModelFileError."""
+    if is_checkpoint(folder):
+        return EncoderFiles(name, folder, read_model_config(folder)[0], Checkpoint(folder))
     own = folder / ENCODER
     if own.is_file():
         try:

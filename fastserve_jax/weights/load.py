@@ -339,7 +339,8 @@ def open_gguf(path: Path, name: str) -> ModelFiles:
 def open_folder(path: Path, name: str) -> ModelFiles:
     """Opens a folder of Hugging Face's, or one of our own. Raises ModelFileError."""
     if is_encoder(path):
-        raise ModelFileError(f"{name} is an encoder: it writes no text")
+        what = "says labels" if is_checkpoint(path) else "is an encoder"
+        raise ModelFileError(f"{name} {what}: it writes no text")
     config, names = _config_of(path)
     source = Checkpoint(path) if is_checkpoint(path) else Folder(path, names)
     return ModelFiles(

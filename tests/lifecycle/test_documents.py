@@ -1,6 +1,7 @@
 """Documents: read from every kind of file, cleaned, each once, and refused where they are none."""
 
 import json
+import random
 import zipfile
 
 import pytest
@@ -69,6 +70,35 @@ def test_what_differs_in_nothing_that_matters_is_there_once(tmp_path):
     found, counts = read(path)
     assert [d.text for d in found] == ["The cat sat.", "The cat sat on it."]
     assert counts.repeated == 2
+
+
+def test_what_is_nearly_the_same_is_there_once(tmp_path):
+    """By Jaccard's measure of runs of five words, worked out in full."""
+    rng = random.Random(5)
+    first = [rng.choice("abcdefghijklmnopqrstuvwxyz") * rng.randint(2, 4) for _ in range(200)]
+
+    def grams(words):
+        return {tuple(words[at : at + 5]) for at in range(len(words) - 4)}
+
+    def alike(words):
+        one, other = grams(first), grams(words)
+        return len(one & other) / len(one | other)
+
+    close, distant = list(first), list(first)
+    for at in (20, 90):
+        close[at] = "changed"
+    for at in range(10, 200, 12):
+        distant[at] = "changed"
+    assert alike(close) > 0.9
+    assert alike(distant) < 0.5
+    path = tmp_path / "a.csv"
+    rows = [(first, "x"), (distant, "x"), (close, "x"), (close, "y"), (close[:100], "x")]
+    rows += [(["short"], "x"), (["shorter"], "x")]
+    path.write_text("text,label\n" + "".join(f"{' '.join(w)},{label}\n" for w, label in rows))
+    counts = Counts()
+    kept = [document.text for document in documents([path], counts, 0.8)]
+    assert kept == [" ".join(words) for at, (words, _) in enumerate(rows) if at != 2]
+    assert (counts.near, counts.repeated, counts.kept) == (1, 0, 6)
 
 
 def test_the_same_text_of_two_labels_is_two(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.lifecycle.dataset import Dataset
-from fastserve_jax.lifecycle.evaluate import evaluate
+from fastserve_jax.lifecycle.evaluate import evaluate, passage_of
 from fastserve_jax.lifecycle.losses import Classifier, Model
 from fastserve_jax.lifecycle.prepare import Wanted, prepare
 from fastserve_jax.lifecycle.train import drawn
@@ -32,19 +32,31 @@ def test_perplexity_is_of_each_token_that_counts(text):
     model, arrays = Model(config), drawn(config, 0)
     found = evaluate(model, arrays, text, "valid")
     nats, right, count = 0.0, 0, 0
-    data = text.arrays("valid")
-    for tokens, segments, learned in zip(*data.values(), strict=True):
+    data, each = text.arrays("valid"), {}
+    for number, (tokens, segments, learned) in enumerate(zip(*data.values(), strict=True)):
         given = jnp.asarray(tokens, jnp.int32)[None], jnp.asarray(segments, jnp.int32)[None]
         logits = np.asarray(model.logits(arrays, *given)[0], np.float64)
         for at in range(1, len(tokens)):
             if learned[at] and segments[at] == segments[at - 1]:
                 row = logits[at - 1]
-                nats += np.log(np.exp(row - row.max()).sum()) + row.max() - row[tokens[at]]
+                own = np.log(np.exp(row - row.max()).sum()) + row.max() - row[tokens[at]]
+                each.setdefault((number, segments[at]), []).append((own, at))
+                nats += own
                 right += int(row.argmax() == tokens[at])
                 count += 1
     assert found.metrics["loss"] == pytest.approx(nats / count, rel=1e-5)
     assert found.metrics["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
     assert found.metrics["accuracy"] == pytest.approx(right / count)
+    long = {key: own for key, own in each.items() if len(own) >= 8}
+    wanted = sorted(long, key=lambda key: -np.mean([nats for nats, _ in long[key]]))[:10]
+    assert [(one.row, one.segment) for one in found.passages] == wanted
+    for one in found.passages:
+        own = long[one.row, one.segment]
+        assert one.loss == pytest.approx(np.mean([nats for nats, _ in own]), rel=1e-5)
+        assert (one.nats, one.at) == (pytest.approx(max(own)[0], rel=1e-5), max(own)[1])
+        before, behind = passage_of(text, "valid", one)
+        assert behind[0] == data["tokens"][one.row][one.at]
+        assert one.at - len(before) == np.flatnonzero(data["segments"][one.row] == one.segment)[0]
     with pytest.raises(ConfigError, match="train or valid, not all"):
         evaluate(model, arrays, text, "all")
 

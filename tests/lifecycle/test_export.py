@@ -19,6 +19,7 @@ from fastserve_jax.lifecycle.vocabulary import train_vocabulary
 from fastserve_jax.text.load import load_tokenizer
 from fastserve_jax.weights.load import open_model
 from fastserve_jax.weights.orbax import write_model
+from tests.models.families import FAMILIES
 from tests.weights import synthetic
 
 TEXT = 'Once upon a time there was a little fox. It said: "Hello, world!" \u00e9\u4e16'
@@ -93,6 +94,35 @@ def test_a_program_says_the_same(tmp_path):
         tokens = jnp.asarray(np.random.default_rng(0).integers(0, 300, shape), jnp.int32)
         wanted = Model(config).logits(held, tokens, jnp.zeros_like(tokens))
         np.testing.assert_allclose(program.call(tokens), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama3_scaled", "gemma3", "gpt2"])
+def test_onnx_runtime_says_the_same(tmp_path, family):
+    import onnxruntime
+
+    config = FAMILIES[family]
+    arrays = {n: np.asarray(a, np.float32) for n, a in drawn(config, 0).items()}
+    arrays = {n: 10 * a if a.ndim > 1 else a for n, a in arrays.items()}
+    write_model(tmp_path / "model", config, arrays)
+    run_export(str(tmp_path / "model"), tmp_path / "out.onnx", tmp_path)
+    session = onnxruntime.InferenceSession(str(tmp_path / "out.onnx"))
+    held = {name: jnp.asarray(array) for name, array in arrays.items()}
+    for count in (1, 40):
+        tokens = np.random.default_rng(count).integers(0, config.vocab_size, count, np.int32)
+        (found,) = session.run(["logits"], {"tokens": tokens})
+        wanted = Model(config).logits(held, tokens[None], np.zeros((1, count), np.int32))[0]
+        assert np.abs(np.asarray(wanted)).max() > 0.1
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_what_onnx_cannot_hold_is_refused(tmp_path, monkeypatch):
+    for family, reason in (("mixtral", "mixture of experts"), ("llama", "0.0 GB in float32")):
+        config = FAMILIES[family]
+        write_model(tmp_path / family, config, drawn(config, 0))
+        monkeypatch.setattr("fastserve_jax.lifecycle.export._MOST_ONNX_BYTES", 1000)
+        with pytest.raises(ConfigError, match=reason):
+            run_export(str(tmp_path / family), tmp_path / "out.onnx", tmp_path)
+    assert not (tmp_path / "out.onnx").exists()
 
 
 class LlamaCpp:

@@ -1,15 +1,27 @@
-"""Labels from end to end: a table, an encoder that learns it, a version, its report, its server."""
+"""Labels from end to end: a table, a model that learns it, a version, its report, its server."""
 
 import csv
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from fastserve_jax.weights.load import find_encoder
+from fastserve_jax.errors import ModelFileError
+from fastserve_jax.lifecycle.commands import run_train
+from fastserve_jax.lifecycle.measured import run_evaluate
+from fastserve_jax.lifecycle.prepare import Wanted, prepare
+from fastserve_jax.lifecycle.settings import Shape
+from fastserve_jax.lifecycle.train import drawn as drawn_decoder
+from fastserve_jax.lifecycle.vocabulary import copy_vocabulary
+from fastserve_jax.weights.load import find_encoder, open_model
+from fastserve_jax.weights.orbax import write_model
+from fastserve_jax.weights.registry import REGISTRY, Registry
+from tests.lifecycle import runs
 from tests.lifecycle.words import write_words
 from tests.models.test_encoder import SMALL, drawn, folder_of
+from tests.serve.test_encoder import served
 
 GOOD, BAD = "good cat", "bad dog"
 
@@ -40,6 +52,39 @@ def folder(tmp_path, monkeypatch):
             middle = f"{('the', 'a', 'on', 'mat', 'and')[number % 5]} " * (number % 7)
             table.writerow((f"{middle}{said} {number}", label))
     return tmp_path
+
+
+async def test_a_decoder_learns_labels_goes_on_and_is_served(folder, capsys):
+    cache = folder / "cache"
+    facts = prepare([folder / "table.csv"], folder / "data", Wanted(16, "bpe:300", 0.2, "labels"))
+    config = Shape(32, 1, 4, 2, 64).config(facts.vocab_size, 16)
+    write_model(folder / "base", config, drawn_decoder(config, 0))
+    copy_vocabulary(folder / "data" / "tokenizer", folder / "base")
+    given = {"name": "mood", "steps": 40, "batch_rows": 16, "evaluate_every": 40}
+    given |= {"log_every": 40, "optimiser.learning_rate": 3e-3}
+    data = folder / "data"
+    run_train(runs.settings(data, folder / "one", **given, base=str(folder / "base")), cache)
+    lora = {"base": "mood@1", "lora.rank": 2, "steps": 8, "evaluate_every": 8, "log_every": 8}
+    run_train(runs.settings(data, folder / "two", **given | lora), cache)
+    registry = Registry(cache / REGISTRY)
+    registry.promote("mood@2")
+    run_evaluate("mood", data, "valid", False, cache)
+    assert "blame" in capsys.readouterr().out
+    first, second = registry.versions("mood")
+    assert (first.parent, second.parent) == (str(folder / "base"), "mood@1")
+    assert max(version.metrics["valid_loss"] for version in (first, second)) < 0.3
+    (kept,) = registry.notes(second)
+    assert kept["accuracy"] > 0.95
+    assert find_encoder("mood", cache).config.labels == ("blame", "praise")
+    says = [dict(find_encoder(f"mood@{n}", cache).tensors())["classifier.weight"] for n in (1, 2)]
+    assert not np.array_equal(*says), "it is trained whole beside the small matrices"
+    with pytest.raises(ModelFileError, match="mood@2 says labels: it writes no text"):
+        open_model("mood", cache)
+    async with served("mood", cache) as (session, _):
+        asked = {"input": [f"the {GOOD} 7", f"a mat {BAD} 12", f"{BAD} 3"]}
+        async with session.post("/classify", json=asked) as answer:
+            said = [one["label"] for one in (await answer.json())["data"]]
+        assert said == ["praise", "blame", "blame"]
 
 
 def test_from_a_table_to_a_version(folder):

@@ -21,7 +21,7 @@ def text(tmp_path):
 
 
 def made(text, folder, **wanted):
-    wanted = {"context": 64, "vocabulary": "bpe:400", "holdout": 0.1} | wanted
+    wanted = {"context": 64, "vocabulary": "bpe:400", "holdout": 0.1, "near": 0.8} | wanted
     return prepare([text], folder, Wanted(**wanted))
 
 
@@ -117,6 +117,7 @@ def test_labels(tmp_path):
         ({"vocabulary": "bpe:100"}, "257 at the least"),
         ({"context": 4}, "8 at the least"),
         ({"holdout": 1.0}, "a share"),
+        ({"near": 1.5}, "from 0 to 1"),
         ({"kind": "pictures"}, "there are text, labels"),
     ],
 )

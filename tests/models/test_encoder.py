@@ -10,9 +10,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+from fastserve_jax.encoding import Text
 from fastserve_jax.errors import ModelFileError
 from fastserve_jax.models.decoder import fill, parameters
 from fastserve_jax.models.encoder import EncoderConfig, abstract_encoder
+from fastserve_jax.runtime.encoder import EncoderRunner
 from fastserve_jax.text.wordpiece import load_wordpiece
 from fastserve_jax.weights.encoder import is_encoder, open_encoder, unpacked
 
@@ -146,6 +148,43 @@ def test_folders_that_are_no_encoder_of_ours(tmp_path):
     files = open_encoder(folder_of(tmp_path / "d", SMALL, arrays), "d")
     with pytest.raises(ModelFileError, match=r"no tensor encoder\.layer\.1\.intermediate\.dense"):
         dict(files.tensors())
+
+
+PAIRS = (
+    ("The cat sleeps on the sofa.", "The cat is asleep on the sofa."),
+    ("How do I reset my password?", "I forgot my password, how can I change it?"),
+    ("A man is eating food.", "Someone eats a meal."),
+    ("The train to Paris leaves at noon.", "At twelve there is a train to Paris."),
+    ("She plays the violin in an orchestra.", "He is learning the guitar."),
+    ("The bank raised its interest rates.", "Loans have become more expensive."),
+    ("The bank raised its interest rates.", "We sat on the bank of the river."),
+    ("It rained all week in the valley.", "The harvest was late this year."),
+    ("The recipe needs two eggs.", "Bake it for forty minutes."),
+    ("A dog chased the ball across the park.", "The court ruled against the company."),
+    ("Water boils at a hundred degrees.", "The president gave a speech."),
+    ("My phone's battery is empty.", "Whales are the largest animals."),
+)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_minilm_ranks_pairs_as_numpy_does(model_path, dtype):
+    """By the runner that serves; pairs that are closer than what bf16 rounds may change places."""
+    files = open_encoder(unpacked(model_path("all-minilm-l6-v2")), "minilm")
+    words = load_wordpiece(files.path)
+    ids = [words.encode(text) for pair in PAIRS for text in pair]
+    arrays = {name: array.astype(np.float64) for name, array in files.tensors()}
+    wanted = np.array([oracle(files.config, arrays, own) for own in ids])
+    graph, empty = abstract_encoder(files.config, dtype)
+    state = fill(empty, {name: jnp.asarray(array, dtype) for name, array in arrays.items()})
+    runner = EncoderRunner(graph, files.config, state, max_texts=64, step_tokens=2048)
+    found = np.array(runner([Text(own, [0] * len(own)) for own in ids]))
+    ours, numpys = ((v[::2] * v[1::2]).sum(1) for v in (found, wanted))
+    near = 0.02 if dtype == jnp.bfloat16 else 1e-4
+    np.testing.assert_allclose(ours, numpys, atol=near)
+    apart = numpys[:, None] - numpys > 2 * near
+    assert apart.sum() > 60, "of 66"
+    assert (ours[:, None] > ours)[apart].all()
 
 
 @pytest.mark.model
