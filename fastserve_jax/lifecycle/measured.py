@@ -28,13 +28,28 @@ from .harness import Harness, run_harness
 _SHOWN = 160  # characters of a text
 
 
+class Subject:
+    """What is measured: found once, so that a name that comes to mean another version meanwhile
+    changes nothing."""
+
+    def __init__(self, reference: str, cache_dir: Path) -> None:
+        self._registry = Registry(cache_dir / REGISTRY)
+        self._version = self._registry.find(reference)
+        self.name = str(self._version or reference)  # as a server calls it
+
+    def keep(self, measured: Mapping[str, object]) -> None:
+        """Beside a version; of any other model nothing."""
+        if self._version is not None:
+            self._registry.note(self._version, measured)
+
+
 def run_evaluate(reference: str, folder: Path, part: str, as_json: bool, cache_dir: Path) -> None:
     import jax.numpy as jnp
 
     from .origin import open_arrays
 
-    data = Dataset(folder)
-    model, arrays, vocab_size = open_arrays(reference, cache_dir, jnp.float32)
+    data, subject = Dataset(folder), Subject(reference, cache_dir)
+    model, arrays, vocab_size = open_arrays(subject.name, cache_dir, jnp.float32)
     if vocab_size != data.facts.vocab_size:
         raise ConfigError(f"{folder} was prepared with another vocabulary than {reference}'s")
     with _bar("measuring") as bar:
@@ -42,8 +57,7 @@ def run_evaluate(reference: str, folder: Path, part: str, as_json: bool, cache_d
         found = evaluate(
             model, arrays, data, part, lambda n, of: bar.update(task, completed=n, total=of)
         )
-    measured = {"data": data.facts.fingerprint, "part": part, **found.metrics}
-    _keep(reference, measured, cache_dir)
+    subject.keep({"data": data.facts.fingerprint, "part": part, **found.metrics})
     _show(found.metrics, found, as_json, _errors(found, data, part), found.report)
 
 
@@ -58,49 +72,38 @@ def run_answers(
 ) -> None:
     """Of the server at `url`, which must be serving that very model."""
     questions, mark = read_questions(path)
-    name = _served_name(reference, cache_dir)
+    subject = Subject(reference, cache_dir)
 
     async def answers() -> list[str]:
         async with AsyncClient(url, api_key) as client:
-            await is_served(client, name)
+            await is_served(client, subject.name)
             with _bar("asking") as bar:
                 task = bar.add_task("", total=len(questions))
-                heard = lambda done, _: bar.update(task, completed=done)  # noqa: E731
-                return await ask(client, name, questions, max_tokens, heard)
+                return await ask(
+                    *(client, subject.name, questions, max_tokens),
+                    lambda done, _: bar.update(task, completed=done),
+                )
 
     found = compare(questions, asyncio.run(answers()))
-    _keep(reference, {"data": mark, "max_tokens": max_tokens, **found.metrics}, cache_dir)
+    subject.keep({"data": mark, "max_tokens": max_tokens, **found.metrics})
     _show(found.metrics, found, as_json, _answers(found))
 
 
 def run_tasks(
     reference: str, asked: Harness, url: str, api_key: str | None, as_json: bool, cache_dir: Path
 ) -> None:
-    name = _served_name(reference, cache_dir)
+    subject = Subject(reference, cache_dir)
 
     async def context() -> int:
         async with AsyncClient(url, api_key) as client:
-            return await is_served(client, name)
+            return await is_served(client, subject.name)
 
     room = asyncio.run(context())
     with console.status("lm-eval is asking"):
-        metrics = run_harness(asked, url, name, room, api_key)
+        metrics = run_harness(asked, url, subject.name, room, api_key)
     settings = {"tasks": asked.tasks, "limit": asked.limit, "chat": asked.is_chat}
-    _keep(reference, {**settings, **metrics}, cache_dir)
+    subject.keep({**settings, **metrics})
     _show(metrics, {"metrics": metrics}, as_json)
-
-
-def _served_name(reference: str, cache_dir: Path) -> str:
-    """As a server calls it: a version by its number."""
-    version = Registry(cache_dir / REGISTRY).find(reference)
-    return reference if version is None else str(version)
-
-
-def _keep(reference: str, measured: Mapping[str, object], cache_dir: Path) -> None:
-    registry = Registry(cache_dir / REGISTRY)
-    version = registry.find(reference)
-    if version is not None:
-        registry.note(version, measured)
 
 
 def _show(

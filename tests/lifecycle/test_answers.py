@@ -12,6 +12,7 @@ from fastserve_jax import AsyncClient
 from fastserve_jax.errors import ConfigError, DataError
 from fastserve_jax.lifecycle import measured
 from fastserve_jax.lifecycle.answers import Question, ask, compare, is_served, read_questions
+from fastserve_jax.lifecycle.cli import evaluate
 from fastserve_jax.lifecycle.harness import Harness
 from fastserve_jax.lifecycle.shown import show_version
 from fastserve_jax.server.config import ServerConfig
@@ -55,15 +56,22 @@ async def test_every_question_is_asked_as_any_client_does():
         assert answer == answer_to(ids, 0, 9)[0].strip()
 
 
-async def test_the_command_tells_them_and_keeps_nothing_of_what_is_no_version(tmp_path, capsys):
+async def test_the_command_tells_them_and_keeps_nothing_of_what_is_no_version(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("FASTSERVE_CACHE", str(tmp_path))
+    monkeypatch.setenv("FASTSERVE_API_KEY", "k")
     path = tmp_path / "pairs.csv"
     path.write_text("question,answer\nsay a,bread and butter\n")
-    async with kit() as server:
-        given = (MODEL, path, server.url, None, 9)
+    async with kit(ServerConfig(api_keys=("k",))) as server:
+        given = {"server": server.url, "max_tokens": 9}
         for as_json in (True, False):
-            await asyncio.to_thread(measured.run_answers, *given, as_json, tmp_path)
+            await asyncio.to_thread(evaluate, MODEL, path, **given, json=as_json)
         with pytest.raises(ConfigError, match="not other"):
-            await asyncio.to_thread(measured.run_answers, "other", *given[1:], True, tmp_path)
+            await asyncio.to_thread(evaluate, "other", path, **given)
+    for data, tasks in ((None, ""), (path, "letters")):
+        with pytest.raises(ConfigError, match="name what to measure with"):
+            evaluate(MODEL, data, tasks=tasks)
     said, _, shown = capsys.readouterr().out.partition("\n")
     found = json.loads(said)
     assert found["metrics"]["questions"] == 1
