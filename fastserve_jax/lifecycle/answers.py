@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastserve_jax.api.models import ModelCard
 from fastserve_jax.client import AsyncClient
 from fastserve_jax.errors import ConfigError, DataError
 
@@ -70,14 +71,13 @@ def read_questions(path: Path) -> tuple[list[Question], str]:
         return found, hashlib.file_digest(file, "blake2b").hexdigest()[:16]
 
 
-async def is_served(client: AsyncClient, model: str) -> int:
-    """Tokens that it takes, prompt and output together. Raises ConfigError where another model is
-    served there."""
-    cards = {card.id: card for card in await client.models()}
+async def served(client: AsyncClient, model: str) -> ModelCard:
+    """By what name that very model or version is asked, and since when. Raises ConfigError where
+    others are served."""
+    cards = {str(card.root or card.id): card for card in await client.models()}
     if model not in cards:
         raise ConfigError(f"the server has {', '.join(cards)}, not {model}: start it with that one")
-    length = cards[model].max_model_len
-    return length if isinstance(length, int) else 2048
+    return cards[model]
 
 
 async def ask(

@@ -14,13 +14,14 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from fastserve_jax.api.models import ModelCard
 from fastserve_jax.client import AsyncClient
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.terminal import console
 from fastserve_jax.text.load import load_words
 from fastserve_jax.weights.registry import REGISTRY, Registry
 
-from .answers import Answered, ask, compare, is_served, read_questions
+from .answers import Answered, ask, compare, read_questions, served
 from .dataset import TOKENIZER, Dataset
 from .evaluate import Found, evaluate, passage_of, text_of
 from .harness import Harness, run_harness
@@ -76,13 +77,15 @@ def run_answers(
 
     async def answers() -> list[str]:
         async with AsyncClient(url, api_key) as client:
-            await is_served(client, subject.name)
+            card = await served(client, subject.name)
             with _bar("asking") as bar:
                 task = bar.add_task("", total=len(questions))
-                return await ask(
-                    *(client, subject.name, questions, max_tokens),
+                found = await ask(
+                    *(client, card.id, questions, max_tokens),
                     lambda done, _: bar.update(task, completed=done),
                 )
+            await _still(client, subject.name, card)
+            return found
 
     found = compare(questions, asyncio.run(answers()))
     subject.keep({"data": mark, "max_tokens": max_tokens, **found.metrics})
@@ -94,16 +97,25 @@ def run_tasks(
 ) -> None:
     subject = Subject(reference, cache_dir)
 
-    async def context() -> int:
+    async def there(before: ModelCard | None = None) -> ModelCard:
         async with AsyncClient(url, api_key) as client:
-            return await is_served(client, subject.name)
+            if before is not None:
+                await _still(client, subject.name, before)
+            return await served(client, subject.name)
 
-    room = asyncio.run(context())
+    card = asyncio.run(there())
     with console.status("lm-eval is asking"):
-        metrics = run_harness(asked, url, subject.name, room, api_key)
+        metrics = run_harness(asked, url, card, api_key)
+    asyncio.run(there(card))
     settings = {"tasks": asked.tasks, "limit": asked.limit, "chat": asked.is_chat}
     subject.keep({**settings, **metrics})
     _show(metrics, {"metrics": metrics}, as_json)
+
+
+async def _still(client: AsyncClient, model: str, card: ModelCard) -> None:
+    """Raises ConfigError where another took its name meanwhile, and may have answered."""
+    if await served(client, model) != card:
+        raise ConfigError(f"{card.id} was loaded anew while it was measured: measure it once more")
 
 
 def _show(

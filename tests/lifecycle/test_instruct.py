@@ -74,7 +74,7 @@ def test_the_served_chat_gives_the_answers_that_were_taught(tmp_path, capsys):
     small = ("engine.max_slots=2", "engine.step_tokens=16", "engine.speculate=off")
     sets = [flag for name in (*SMALL, *small) for flag in ("--set", name)]
     with started("fox", cache, *sets) as server:
-        assert server.model == "fox@2"
+        assert server.model == "fox"
         run_answers("fox", path, server.url, None, 32, False, cache)
     (kept,) = registry.notes(second)
     assert kept["exact"] == 1.0, capsys.readouterr().out
