@@ -19,9 +19,8 @@ from fastserve_jax.models.encoder import EncoderConfig, abstract_encoder
 from fastserve_jax.models.labeller import abstract_labeller
 from fastserve_jax.runtime.compile import keep_compiled
 from fastserve_jax.runtime.encoder import EncoderRunner
-from fastserve_jax.server.served import Words
 from fastserve_jax.terminal import console
-from fastserve_jax.text.load import load_reader
+from fastserve_jax.text.load import Reader, load_reader
 from fastserve_jax.weights.encoder import EncoderFiles
 
 _MAX_TEXTS = 64  # in a step, of
@@ -32,35 +31,38 @@ _MAX_QUEUE = 2048  # texts, of which one request may bring as many
 @dataclass(frozen=True, slots=True)
 class LoadedEncoder:
     name: str
-    config: EncoderConfig | ModelConfig  # of whose context no more than a step has
-    words: Words
+    config: EncoderConfig | ModelConfig
+    words: Reader
     encodings: Encodings  # not entered yet
 
 
 def load_encoder(files: EncoderFiles, settings: Settings, cache_dir: Path) -> LoadedEncoder:
     """Raises ModelFileError."""
     keep_compiled(cache_dir / "compiled")
-    context = min(files.config.max_context, _STEP_TOKENS)  # many a decoder could read more
-    config = replace(files.config, max_context=context)
     encodings = Encodings(
-        _runner(files, config, settings),
+        _runner(files, settings),
         max_texts=_MAX_TEXTS,
         step_tokens=_STEP_TOKENS,
         max_queue=max(settings.engine.max_queue, _MAX_QUEUE),
     )
-    return LoadedEncoder(files.name, config, load_reader(files.path), encodings)
+    return LoadedEncoder(files.name, _shortened(files.config), load_reader(files.path), encodings)
 
 
-def _runner(
-    files: EncoderFiles, config: EncoderConfig | ModelConfig, settings: Settings
-) -> EncoderRunner:
+def _shortened(config: EncoderConfig | ModelConfig) -> EncoderConfig | ModelConfig:
+    """To texts that fit a step, though many a decoder could read longer ones."""
+    return replace(config, max_context=min(config.max_context, _STEP_TOKENS))
+
+
+def _runner(files: EncoderFiles, settings: Settings) -> EncoderRunner:
     on_cpu = jax.default_backend() == "cpu"
     dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16}.get(
         settings.model.dtype, jnp.float32 if on_cpu else jnp.bfloat16
     )
-    graph, empty = _abstract(config, dtype)
+    graph, empty = _abstract(files.config, dtype)
     state = fill(empty, {name: jnp.asarray(array, dtype) for name, array in files.tensors()})
-    runner = EncoderRunner(graph, config, state, max_texts=_MAX_TEXTS, step_tokens=_STEP_TOKENS)
+    runner = EncoderRunner(
+        graph, _shortened(files.config), state, max_texts=_MAX_TEXTS, step_tokens=_STEP_TOKENS
+    )
     with console.status("compiling") as status:
         runner.warm_up(lambda done, of: status.update(f"compiling: {done} of {of}"))
     return runner

@@ -71,15 +71,13 @@ def read_questions(path: Path) -> tuple[list[Question], str]:
         return found, hashlib.file_digest(file, "blake2b").hexdigest()[:16]
 
 
-async def find_served(client: AsyncClient, model: str) -> ModelCard:
-    """What the server says of that model or version. Raises ConfigError where another is served
-    there."""
-    cards = await client.models()
-    for card in cards:
-        if model in (card.id, card.root):
-            return card
-    there = ", ".join(str(card.root or card.id) for card in cards)
-    raise ConfigError(f"the server has {there}, not {model}: start it with that one")
+async def served(client: AsyncClient, model: str) -> ModelCard:
+    """By what name that very model or version is asked, and since when. Raises ConfigError where
+    others are served."""
+    cards = {str(card.root or card.id): card for card in await client.models()}
+    if model not in cards:
+        raise ConfigError(f"the server has {', '.join(cards)}, not {model}: start it with that one")
+    return cards[model]
 
 
 async def ask(

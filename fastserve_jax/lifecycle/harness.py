@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastserve_jax.api.models import ModelCard
 from fastserve_jax.errors import ConfigError
 
 
@@ -25,15 +26,13 @@ class Harness:
     is_chat: bool = False  # asks by the model's chat template
 
 
-def run_harness(
-    asked: Harness, url: str, model: str, context: int, api_key: str | None
-) -> dict[str, float]:
+def run_harness(asked: Harness, url: str, card: ModelCard, api_key: str | None) -> dict[str, float]:
     """What it measured, as task/metric. Raises ConfigError where lm-eval is not here, or fails."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("tasks need lm-eval: pip install 'lm-eval[api]'")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        settings = _settings(asked, url, model, context, api_key) | {"output_path": name}
+        settings = _settings(asked, url, card, api_key) | {"output_path": name}
         (folder / "settings.yaml").write_text(json.dumps(settings))  # a key is nothing for `ps`
         done = subprocess.run(
             [sys.executable, "-m", "lm_eval", "run", "--config", str(folder / "settings.yaml")],
@@ -55,15 +54,14 @@ def run_harness(
     }
 
 
-def _settings(
-    asked: Harness, url: str, model: str, context: int, api_key: str | None
-) -> dict[str, object]:
+def _settings(asked: Harness, url: str, card: ModelCard, api_key: str | None) -> dict[str, object]:
+    length = card.max_model_len
     reached = {
-        "model": model,
+        "model": card.id,
         "base_url": f"{url.rstrip('/')}/v1/completions",
         "tokenizer_backend": "remote",
         "num_concurrent": 8,
-        "max_length": context,
+        "max_length": length if isinstance(length, int) else 2048,
         "auth_token": api_key,
     }
     return {

@@ -21,7 +21,7 @@ from fastserve_jax.terminal import console
 from fastserve_jax.text.load import load_words
 from fastserve_jax.weights.registry import REGISTRY, Registry
 
-from .answers import Answered, ask, compare, find_served, read_questions
+from .answers import Answered, ask, compare, read_questions, served
 from .dataset import TOKENIZER, Dataset
 from .evaluate import Found, evaluate, passage_of, text_of
 from .harness import Harness, run_harness
@@ -29,13 +29,28 @@ from .harness import Harness, run_harness
 _SHOWN = 160  # characters of a text
 
 
+class Subject:
+    """What is measured: found once, so that a name that comes to mean another version meanwhile
+    changes nothing."""
+
+    def __init__(self, reference: str, cache_dir: Path) -> None:
+        self._registry = Registry(cache_dir / REGISTRY)
+        self._version = self._registry.find(reference)
+        self.name = str(self._version or reference)  # as a server calls it
+
+    def keep(self, measured: Mapping[str, object]) -> None:
+        """Beside a version; of any other model nothing."""
+        if self._version is not None:
+            self._registry.note(self._version, measured)
+
+
 def run_evaluate(reference: str, folder: Path, part: str, as_json: bool, cache_dir: Path) -> None:
     import jax.numpy as jnp
 
     from .origin import open_arrays
 
-    data = Dataset(folder)
-    model, arrays, vocab_size = open_arrays(reference, cache_dir, jnp.float32)
+    data, subject = Dataset(folder), Subject(reference, cache_dir)
+    model, arrays, vocab_size = open_arrays(subject.name, cache_dir, jnp.float32)
     if vocab_size != data.facts.vocab_size:
         raise ConfigError(f"{folder} was prepared with another vocabulary than {reference}'s")
     with _bar("measuring") as bar:
@@ -43,8 +58,7 @@ def run_evaluate(reference: str, folder: Path, part: str, as_json: bool, cache_d
         found = evaluate(
             model, arrays, data, part, lambda n, of: bar.update(task, completed=n, total=of)
         )
-    measured = {"data": data.facts.fingerprint, "part": part, **found.metrics}
-    _keep(reference, measured, cache_dir)
+    subject.keep({"data": data.facts.fingerprint, "part": part, **found.metrics})
     _show(found.metrics, found, as_json, _errors(found, data, part), found.report)
 
 
@@ -59,53 +73,49 @@ def run_answers(
 ) -> None:
     """Of the server at `url`, which must be serving that very model."""
     questions, mark = read_questions(path)
-    name = _served_name(reference, cache_dir)
+    subject = Subject(reference, cache_dir)
 
     async def answers() -> list[str]:
         async with AsyncClient(url, api_key) as client:
-            card = await find_served(client, name)
+            card = await served(client, subject.name)
             with _bar("asking") as bar:
                 task = bar.add_task("", total=len(questions))
-                heard = lambda done, _: bar.update(task, completed=done)  # noqa: E731
-                made = await ask(client, card.id, questions, max_tokens, heard)
-            await find_served(client, name)  # still, and not one that took its place meanwhile
-            return made
+                found = await ask(
+                    *(client, card.id, questions, max_tokens),
+                    lambda done, _: bar.update(task, completed=done),
+                )
+            await _still(client, subject.name, card)
+            return found
 
     found = compare(questions, asyncio.run(answers()))
-    _keep(reference, {"data": mark, "max_tokens": max_tokens, **found.metrics}, cache_dir)
+    subject.keep({"data": mark, "max_tokens": max_tokens, **found.metrics})
     _show(found.metrics, found, as_json, _answers(found))
 
 
 def run_tasks(
     reference: str, asked: Harness, url: str, api_key: str | None, as_json: bool, cache_dir: Path
 ) -> None:
-    name = _served_name(reference, cache_dir)
+    subject = Subject(reference, cache_dir)
 
-    async def found() -> ModelCard:
+    async def there(before: ModelCard | None = None) -> ModelCard:
         async with AsyncClient(url, api_key) as client:
-            return await find_served(client, name)
+            if before is not None:
+                await _still(client, subject.name, before)
+            return await served(client, subject.name)
 
-    card = asyncio.run(found())
-    context = card.max_model_len if isinstance(card.max_model_len, int) else 2048
+    card = asyncio.run(there())
     with console.status("lm-eval is asking"):
-        metrics = run_harness(asked, url, card.id, context, api_key)
-    asyncio.run(found())  # still, and not one that took its place meanwhile
+        metrics = run_harness(asked, url, card, api_key)
+    asyncio.run(there(card))
     settings = {"tasks": asked.tasks, "limit": asked.limit, "chat": asked.is_chat}
-    _keep(reference, {**settings, **metrics}, cache_dir)
+    subject.keep({**settings, **metrics})
     _show(metrics, {"metrics": metrics}, as_json)
 
 
-def _served_name(reference: str, cache_dir: Path) -> str:
-    """As a server calls it: a version by its number."""
-    version = Registry(cache_dir / REGISTRY).find(reference)
-    return reference if version is None else str(version)
-
-
-def _keep(reference: str, measured: Mapping[str, object], cache_dir: Path) -> None:
-    registry = Registry(cache_dir / REGISTRY)
-    version = registry.find(reference)
-    if version is not None:
-        registry.note(version, measured)
+async def _still(client: AsyncClient, model: str, card: ModelCard) -> None:
+    """Raises ConfigError where another took its name meanwhile, and may have answered."""
+    if await served(client, model) != card:
+        raise ConfigError(f"{card.id} was loaded anew while it was measured: measure it once more")
 
 
 def _show(

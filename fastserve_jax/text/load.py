@@ -50,7 +50,10 @@ class _Alone:
         return ids, [0] * len(ids)
 
 
-def load_reader(folder: Path) -> WordPiece | _Alone:
+type Reader = WordPiece | _Alone
+
+
+def load_reader(folder: Path) -> Reader:
     """How a folder's model reads the texts that it says labels of."""
     return load_wordpiece(folder) if is_wordpiece(folder) else _Alone(load_tokenizer(folder))
 

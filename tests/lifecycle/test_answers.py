@@ -4,6 +4,7 @@ none of a model that is not served."""
 import asyncio
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import pytest
 from fastserve_jax import AsyncClient
 from fastserve_jax.errors import ConfigError, DataError
 from fastserve_jax.lifecycle import measured
-from fastserve_jax.lifecycle.answers import Question, ask, compare, find_served, read_questions
+from fastserve_jax.lifecycle.answers import Question, ask, compare, read_questions, served
+from fastserve_jax.lifecycle.cli import evaluate
 from fastserve_jax.lifecycle.harness import Harness
 from fastserve_jax.lifecycle.shown import show_version
 from fastserve_jax.server.config import ServerConfig
@@ -46,30 +48,53 @@ def test_figures_are_those_of_the_papers():
 async def test_every_question_is_asked_as_any_client_does():
     asked = questions(*[(f"say {letter}", "") for letter in "abcdefghij" * 5])
     async with kit() as server, AsyncClient(server.url) as client:
-        assert (await find_served(client, MODEL)).max_model_len == 512
+        assert (await served(client, MODEL)).max_model_len == 512
         found = await ask(client, MODEL, asked, 9)
         with pytest.raises(ConfigError, match=f"the server has {MODEL}, not mood@2"):
-            await find_served(client, "mood@2")
+            await served(client, "mood@2")
     for question, answer in zip(asked, found, strict=True):
         ids = token_ids(f"user: {question.messages[0]['content']}\nassistant: ")
         assert answer == answer_to(ids, 0, 9)[0].strip()
 
 
-async def test_the_command_tells_them_and_keeps_nothing_of_what_is_no_version(tmp_path, capsys):
+async def test_the_command_tells_them_and_keeps_nothing_of_what_is_no_version(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("FASTSERVE_CACHE", str(tmp_path))
+    monkeypatch.setenv("FASTSERVE_API_KEY", "k")
     path = tmp_path / "pairs.csv"
     path.write_text("question,answer\nsay a,bread and butter\n")
-    async with kit() as server:
-        given = (MODEL, path, server.url, None, 9)
+    async with kit(ServerConfig(api_keys=("k",))) as server:
+        given = {"server": server.url, "max_tokens": 9}
         for as_json in (True, False):
-            await asyncio.to_thread(measured.run_answers, *given, as_json, tmp_path)
+            await asyncio.to_thread(evaluate, MODEL, path, **given, json=as_json)
         with pytest.raises(ConfigError, match="not other"):
-            await asyncio.to_thread(measured.run_answers, "other", *given[1:], True, tmp_path)
+            await asyncio.to_thread(evaluate, "other", path, **given)
+    for data, tasks in ((None, ""), (path, "letters")):
+        with pytest.raises(ConfigError, match="name what to measure with"):
+            evaluate(MODEL, data, tasks=tasks)
     said, _, shown = capsys.readouterr().out.partition("\n")
     found = json.loads(said)
     assert found["metrics"]["questions"] == 1
     assert found["errors"][0]["reference"] == "bread and butter"
     assert "wanted bread and butter" in shown
     assert not (tmp_path / "registry").exists()
+
+
+async def test_what_was_loaded_anew_meanwhile_is_not_kept(tmp_path, monkeypatch):
+    path, real = tmp_path / "pairs.csv", measured.ask
+    path.write_text("question,answer\nsay a,bread and butter\n")
+    async with kit() as server:
+
+        async def swapped(*given):
+            (before,) = server.state.entries
+            server.state.put(replace(before, created=before.created + 5))
+            return await real(*given)
+
+        monkeypatch.setattr(measured, "ask", swapped)
+        given = (MODEL, path, server.url, None, 9, True, tmp_path)
+        with pytest.raises(ConfigError, match="loaded anew while it was measured"):
+            await asyncio.to_thread(measured.run_answers, *given)
 
 
 TASK = """

@@ -41,7 +41,7 @@ def base(folder: Path):
     library.save(str(folder / "words" / "tokenizer.json"))
     named = {"eos_token": "<|im_end|>", "add_bos_token": False, "chat_template": CHATML}
     (folder / "words" / "tokenizer_config.json").write_text(json.dumps(named))
-    config = Shape(32, 2, 4, 2, 64).config(library.get_vocab_size(), 64)
+    config = Shape(32, 1, 4, 2, 64).config(library.get_vocab_size(), 64)
     write_model(folder / "base", config, drawn(config, 0))
     copy_vocabulary(folder / "words", folder / "base")
 
@@ -65,13 +65,14 @@ def teach(folder, number, conversations, model, steps):
 def test_the_served_chat_gives_the_answers_that_were_taught(tmp_path, capsys):
     base(tmp_path)
     cache = tmp_path / "cache"
-    teach(tmp_path, 1, TAUGHT, str(tmp_path / "base"), 120)
-    path, data = teach(tmp_path, 2, TAUGHT | MORE, "fox@1", 60)
+    teach(tmp_path, 1, TAUGHT, str(tmp_path / "base"), 100)
+    path, data = teach(tmp_path, 2, TAUGHT | MORE, "fox@1", 50)
     registry = Registry(cache / REGISTRY)
     _, second = registry.versions("fox")
     assert (second.parent, second.data) == ("fox@1", data.facts.fingerprint)
     registry.promote("fox@2")
-    sets = [flag for name in SMALL for flag in ("--set", name)]
+    small = ("engine.max_slots=2", "engine.step_tokens=16", "engine.speculate=off")
+    sets = [flag for name in (*SMALL, *small) for flag in ("--set", name)]
     with started("fox", cache, *sets) as server:
         assert server.model == "fox"
         run_answers("fox", path, server.url, None, 32, False, cache)

@@ -80,7 +80,7 @@ async def test_a_decoder_learns_labels_goes_on_and_is_served(folder, capsys):
     assert not np.array_equal(*says), "it is trained whole beside the small matrices"
     with pytest.raises(ModelFileError, match="mood@2 says labels: it writes no text"):
         open_model("mood", cache)
-    async with served("mood", cache) as (session, _):
+    async with served(registry.path(second), folder) as (session, _):
         asked = {"input": [f"the {GOOD} 7", f"a mat {BAD} 12", f"{BAD} 3"]}
         async with session.post("/classify", json=asked) as answer:
             said = [one["label"] for one in (await answer.json())["data"]]
