@@ -61,7 +61,7 @@ class Model:
         tokens, segments = batch["tokens"].astype(jnp.int32), batch["segments"].astype(jnp.int32)
         logits = self.logits(arrays, tokens, segments)[:, :-1]
         counts = batch["learned"][:, 1:] & (segments[:, 1:] == segments[:, :-1])
-        return _cross_entropy(logits, tokens[:, 1:], counts)
+        return cross_entropy(logits, tokens[:, 1:], counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Classifier:
 
     def loss(self, arrays: Arrays, batch: Arrays) -> Loss:
         lengths = batch["lengths"]
-        return _cross_entropy(self.logits(arrays, batch), batch["labels"], lengths > 0)
+        return cross_entropy(self.logits(arrays, batch), batch["labels"], lengths > 0)
 
     def logits(self, arrays: Arrays, batch: Arrays) -> jax.Array:
         """[texts, labels] float32."""
@@ -84,7 +84,7 @@ class Classifier:
         return nnx.merge(graph, state).logits(tokens, batch["lengths"])
 
 
-def _cross_entropy(logits: jax.Array, target: jax.Array, counts: jax.Array) -> Loss:
+def cross_entropy(logits: jax.Array, target: jax.Array, counts: jax.Array) -> Loss:
     chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
     nats = jax.nn.logsumexp(logits, axis=-1) - chosen
     right = (jnp.argmax(logits, axis=-1) == target) & counts

@@ -14,7 +14,7 @@ from fastserve_jax.models.decoder import parameters
 from fastserve_jax.terminal import Bars
 from fastserve_jax.text.load import load_tokenizer
 from fastserve_jax.text.wordpiece import load_wordpiece
-from fastserve_jax.weights.load import find_encoder, open_model
+from fastserve_jax.weights.load import ModelFiles, find_encoder, open_model
 
 from .dataset import Dataset
 from .losses import Classifier, Model
@@ -60,10 +60,14 @@ def open_arrays(
             return Classifier(encoder.config, dtype), dict(encoder.tensors()), size
         files = open_model(reference, cache_dir, bars.pull)
         bars.opened(files)
-    model = Model(files.config, dtype)
-    shapes = {name: leaf.shape for name, leaf in parameters(model.empty).items()}
-    arrays = {name: array.astype(np.float32) for name, array in files.tensors(shapes)}
-    return model, arrays, load_tokenizer(files.tokenizer_source).vocab_size
+    vocab_size = load_tokenizer(files.tokenizer_source).vocab_size
+    return Model(files.config, dtype), arrays_of(files), vocab_size
+
+
+def arrays_of(files: ModelFiles) -> dict[str, Any]:
+    """In float32, whatever they are stored in."""
+    shapes = {name: leaf.shape for name, leaf in parameters(Model(files.config).empty).items()}
+    return {name: array.astype(np.float32) for name, array in files.tensors(shapes)}
 
 
 def _for_labels(
