@@ -58,10 +58,14 @@ class Model:
     def loss(self, arrays: Arrays, batch: Arrays) -> Loss:
         """Of each token from those before it of its document, padding and what is only read left
         out."""
+        return cross_entropy(*self.expected(arrays, batch))
+
+    def expected(self, arrays: Arrays, batch: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Logits [rows, n - 1, vocab_size]; the token that came, and whether it counts."""
         tokens, segments = batch["tokens"].astype(jnp.int32), batch["segments"].astype(jnp.int32)
         logits = self.logits(arrays, tokens, segments)[:, :-1]
         counts = batch["learned"][:, 1:] & (segments[:, 1:] == segments[:, :-1])
-        return cross_entropy(logits, tokens[:, 1:], counts)
+        return logits, tokens[:, 1:], counts
 
 
 @dataclass(frozen=True, slots=True)

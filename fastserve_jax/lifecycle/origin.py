@@ -49,6 +49,22 @@ def open_base(
     return replace(model, remat=settings.remat), arrays
 
 
+def open_teacher(settings: TrainSettings, cache_dir: Path) -> tuple[Model, dict[str, Any]] | None:
+    """Raises ConfigError where it is of another kind or vocabulary than the data."""
+    name, facts = settings.distil.teacher, Dataset(Path(settings.data)).facts
+    if not name:
+        return None
+    model, arrays, vocab_size = open_arrays(name, cache_dir, dtype_of(settings))
+    if not isinstance(model, Model) or facts.kind != "text":
+        raise ConfigError(f"what {name} could teach of {settings.data} is not text: leave it out")
+    if vocab_size != facts.vocab_size:
+        raise ConfigError(
+            f"{settings.data} has a vocabulary of {facts.vocab_size}, {name} one of {vocab_size}: "
+            f"prepare it with --tokenizer {name}"
+        )
+    return model, arrays
+
+
 def open_arrays(
     reference: str, cache_dir: Path, dtype: Any
 ) -> tuple[Model | Classifier, dict[str, Any], int]:

@@ -56,7 +56,7 @@ def gptq(matrix: Floats, gram: Floats, stored: Stored) -> tuple[NDArray[Any], Fl
     the order of how much goes in: the first ones have most others to make up for them."""
     if stored.kind == W8A8:
         matrix, gram = spread(matrix), spread(spread(gram).T)
-        scales = np.abs(matrix).max(1)[None] / 127
+        scales: Floats = np.abs(matrix).max(1)[None] / 127
         scales[scales == 0] = 1
     else:
         scales = scales_of(matrix, stored, np.diag(gram))
