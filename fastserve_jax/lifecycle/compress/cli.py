@@ -30,7 +30,7 @@ def run_quantise(
     to: str,
     name: str,
     method: str = "gptq",
-    group: int = 64,
+    group: int = 32,
     keep: _Keep = None,
     calibrate: int = 64,
     measure: int = 64,

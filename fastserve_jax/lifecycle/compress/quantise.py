@@ -33,7 +33,7 @@ class Quantising:
 
     to: str
     method: str = GPTQ
-    group: int = 64
+    group: int = 32
     kept: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
