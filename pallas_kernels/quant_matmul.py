@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from .target import target
 
-
 _FEW = 8  # rows; of more a product pays
 
 

@@ -9,7 +9,8 @@ from fastserve_jax.cli import app
 from fastserve_jax.config import load_settings
 from fastserve_jax.errors import ConfigError, ModelFileError
 from fastserve_jax.fitting import precision_of
-from fastserve_jax.lifecycle.compress.measure import perplexity
+from fastserve_jax.lifecycle.compress import commands
+from fastserve_jax.lifecycle.compress.measure import perplexity, speeds
 from fastserve_jax.lifecycle.dataset import TOKENIZER, VALID, Dataset
 from fastserve_jax.lifecycle.origin import arrays_of
 from fastserve_jax.lifecycle.vocabulary import copy_vocabulary
@@ -34,6 +35,8 @@ def made(tmp_path_factory):
     copy_vocabulary(data / TOKENIZER, folder / "model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTSERVE_CACHE", str(folder / "cache"))
+        rates = {"before": 2.0, "after": 3.0}
+        patch.setattr(commands, "speeds", lambda *_: rates)  # which has a test of its own
         given = (str(folder / "model"), str(data), "--calibrate", "4", "--measure", "2")
         rows = ["compress", "quantise", *given, "--to", INT4, "--group", "32", "--name", "small"]
         app([*rows, "--rounds", "1"], result_action="return_value")
@@ -51,7 +54,7 @@ def test_the_report_is_kept_and_says_what_is_there(made):
     assert small.settings["quantise"]["to"] == INT4
     assert small.metrics["weight_bytes_after"] < 0.5 * small.metrics["weight_bytes_before"]
     assert small.metrics["file_bytes_after"] < small.metrics["file_bytes_before"]
-    assert small.metrics["tokens_per_s_before"] > 0 < small.metrics["tokens_per_s_after"]
+    assert (small.metrics["tokens_per_s_before"], small.metrics["tokens_per_s_after"]) == (2, 3)
     change = small.metrics["perplexity_after"] / small.metrics["perplexity_before"]
     assert 0.5 < change < 2
     assert small.metrics["valid_loss"] == pytest.approx(np.log(small.metrics["perplexity_after"]))
@@ -82,6 +85,12 @@ def test_it_is_served_as_it_is_stored(made):
     wide = dict(parameters_as(files, wanted, folder))
     assert "layers.1.mlp.down.scale" not in wide
     assert np.array_equal(wide["layers.1.mlp.down.weight"], back.astype(ml_dtypes.bfloat16))
+
+
+def test_it_decodes_as_a_server_does(made):
+    folder, _, _ = made
+    found = speeds({"it": ("small", "auto")}, tuple(range(20)), 1, folder / "cache")
+    assert found["it"] > 0
 
 
 def test_perplexity_is_that_of_the_floats_it_stands_for(made):
