@@ -18,6 +18,7 @@ from cyclopts import App, Parameter
 from fastserve_jax.errors import FastServeError, GroupLost, OperatorError
 from fastserve_jax.group.membership import HostFlags, membership
 from fastserve_jax.lifecycle.cli import Set, data, evaluate, models, search, train
+from fastserve_jax.lifecycle.compress.cli import app as compress
 from fastserve_jax.simulation.options import Study
 from fastserve_jax.weights.catalogue import DEFAULT_MODEL, cache_folder
 
@@ -38,6 +39,7 @@ app.command(models)
 app.command(train)
 app.command(search)
 app.command(evaluate)
+app.command(compress)
 
 Config = Annotated[Path | None, Parameter(help="A TOML file of settings (see configs/serve/).")]
 Mesh = Annotated[

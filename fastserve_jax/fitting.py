@@ -173,8 +173,11 @@ def _guesses(engine: EngineSettings) -> int:
 
 
 def precision_of(settings: ModelSettings, files: ModelFiles) -> Precision:
-    """auto is int8 where it is fast here and costs this model next to nothing, as measured."""
+    """auto is int8 where it is fast here and costs this model next to nothing, as measured. What
+    was quantised before is served as it is stored, on several devices as bf16."""
     dtype = jnp.float32 if settings.dtype == "f32" else jnp.bfloat16
+    if settings.dtype == "auto" and files.stored and jax.device_count() == 1:
+        return Precision(dtype, stored=tuple(sorted(files.stored.items())))
     int8 = settings.dtype == "int8"
     if settings.dtype == "auto" and files.int8_perplexity is not None:
         int8 = cpu.runs() and files.int8_perplexity <= MOST_PERPLEXITY

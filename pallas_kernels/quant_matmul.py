@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from .target import target
 
+_FEW = 8  # rows; of more a product pays
+
 
 def quant_matmul(
     x: jax.Array,
@@ -53,6 +55,9 @@ def _by_xla(
     stretch = weight.shape[1] // groups
     sums = jnp.float32 if x_scale is None else jnp.int32
     after = 1 if x_scale is None else x_scale
+    few = x_scale is None and len(x) <= _FEW and weight.dtype == jnp.int8
+    if few and target().platform == "cpu":
+        return _widened_on_the_way(x, weight, scales)
     if groups == 1:
         return _product(x, weight.astype(x.dtype), sums).astype(jnp.float32) * scales * after
     by_group = weight.reshape(-1, groups, stretch).astype(x.dtype)
@@ -62,6 +67,15 @@ def _by_xla(
     x = x.reshape(-1, groups, stretch)
     made = jnp.einsum("rgk,ogk->gro", x, by_group, preferred_element_type=sums)
     return jnp.sum(made * scales[:, None], axis=0) * after
+
+
+def _widened_on_the_way(x: jax.Array, weight: jax.Array, scales: jax.Array) -> jax.Array:
+    """As one sum, which a CPU's loop takes weights into as they lie; before a product it would
+    write them all down in float."""
+    groups = scales.shape[0]
+    x = x.astype(jnp.float32).reshape(len(x), 1, groups, -1)
+    wide = weight.reshape(-1, *x.shape[2:]).astype(jnp.float32)
+    return jnp.sum(jnp.sum(x * wide, -1) * scales.T, -1)
 
 
 def _product(x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -64,7 +64,7 @@ def run_train(settings: TrainSettings, cache_dir: Path) -> None:
     if settings.mesh.cpu_devices:
         divide_cpu(settings.mesh.cpu_devices)
     from .curves import draw
-    from .origin import open_base
+    from .origin import open_base, open_teacher
     from .train import train
 
     columns = (
@@ -75,6 +75,7 @@ def run_train(settings: TrainSettings, cache_dir: Path) -> None:
         TimeRemainingColumn(),
     )
     base = open_base(settings, cache_dir) if settings.base else None
+    teacher = open_teacher(settings, cache_dir)
     if settings.name:
         check_name(settings.name)  # before hours are spent
     what = "texts" if Dataset(Path(settings.data)).facts.labels else "tokens"
@@ -91,7 +92,7 @@ def run_train(settings: TrainSettings, cache_dir: Path) -> None:
                     f"({point.valid_accuracy:.1%} right), {point.tokens_per_s:,.0f} {what}/s"
                 )
 
-        done = train(settings, report, console.print, base)
+        done = train(settings, report, console.print, base, teacher)
     picture = draw(Path(settings.out))
     shown = f"; curves in {picture}" if picture else ""
     model = str(done.folder)
@@ -106,7 +107,7 @@ def run_train(settings: TrainSettings, cache_dir: Path) -> None:
 
 
 def run_search(config: Path | None, sets: Sequence[str], cache_dir: Path) -> None:
-    from .origin import open_base
+    from .origin import open_base, open_teacher
     from .search import Searching, search
     from .train import train
 
@@ -127,7 +128,7 @@ def run_search(config: Path | None, sets: Sequence[str], cache_dir: Path) -> Non
                 bar.update(task, description=f"{folder.name}: step {point.step} of {own.steps}")
                 report(point)
 
-            return train(own, heard, base=base)
+            return train(own, heard, base=base, teacher=open_teacher(own, cache_dir))
 
         def told(tried: Tried) -> None:
             console.print(_tried(tried), highlight=False)

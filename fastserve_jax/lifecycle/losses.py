@@ -60,14 +60,18 @@ class Model:
     def loss(self, arrays: Arrays, batch: Arrays) -> Loss:
         """Of each token from those before it of its document, padding and what is only read left
         out."""
-        return _summed(self.each(arrays, batch))
+        return cross_entropy(*self.expected(arrays, batch))
 
     def each(self, arrays: Arrays, batch: Arrays) -> Each:
         """[rows, n - 1]: of the tokens behind the first."""
+        return _each(*self.expected(arrays, batch))
+
+    def expected(self, arrays: Arrays, batch: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Logits [rows, n - 1, vocab_size]; the token that came, and whether it counts."""
         tokens, segments = batch["tokens"].astype(jnp.int32), batch["segments"].astype(jnp.int32)
         logits = self.logits(arrays, tokens, segments)[:, :-1]
         counts = batch["learned"][:, 1:] & (segments[:, 1:] == segments[:, :-1])
-        return _cross_entropy(logits, tokens[:, 1:], counts)
+        return logits, tokens[:, 1:], counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +84,7 @@ class Classifier:
 
     def loss(self, arrays: Arrays, batch: Arrays) -> Loss:
         lengths = batch["lengths"]
-        each = _cross_entropy(self.logits(arrays, batch), batch["labels"], lengths > 0)
-        return _summed(each)
+        return cross_entropy(self.logits(arrays, batch), batch["labels"], lengths > 0)
 
     def logits(self, arrays: Arrays, batch: Arrays) -> jax.Array:
         """[texts, labels] float32."""
@@ -97,13 +100,13 @@ class Classifier:
         return labeller.logits(tokens, lengths, remat=self.remat)
 
 
-def _cross_entropy(logits: jax.Array, target: jax.Array, counts: jax.Array) -> Each:
+def cross_entropy(logits: jax.Array, target: jax.Array, counts: jax.Array) -> Loss:
+    nats, counted, right = (jnp.sum(one) for one in _each(logits, target, counts))
+    return nats, (counted, right)
+
+
+def _each(logits: jax.Array, target: jax.Array, counts: jax.Array) -> Each:
     chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
     nats = jax.nn.logsumexp(logits, axis=-1) - chosen
     right = (jnp.argmax(logits, axis=-1) == target) & counts
     return jnp.where(counts, nats, 0), counts, right
-
-
-def _summed(each: Each) -> Loss:
-    nats, counts, right = (jnp.sum(one) for one in each)
-    return nats, (counts, right)

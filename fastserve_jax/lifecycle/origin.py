@@ -13,7 +13,7 @@ from fastserve_jax.errors import ConfigError
 from fastserve_jax.models.decoder import parameters
 from fastserve_jax.terminal import Bars
 from fastserve_jax.text.load import load_reader, load_tokenizer
-from fastserve_jax.weights.load import find_encoder, open_model
+from fastserve_jax.weights.load import ModelFiles, find_encoder, open_model
 
 from .dataset import Dataset
 from .losses import Classifier, Model
@@ -47,6 +47,22 @@ def open_base(
     return replace(model, remat=settings.remat), arrays
 
 
+def open_teacher(settings: TrainSettings, cache_dir: Path) -> tuple[Model, dict[str, Any]] | None:
+    """Raises ConfigError where it is of another kind or vocabulary than the data."""
+    name, facts = settings.distil.teacher, Dataset(Path(settings.data)).facts
+    if not name:
+        return None
+    model, arrays, vocab_size = open_arrays(name, cache_dir, dtype_of(settings))
+    if not isinstance(model, Model) or facts.kind != "text":
+        raise ConfigError(f"what {name} could teach of {settings.data} is not text: leave it out")
+    if vocab_size != facts.vocab_size:
+        raise ConfigError(
+            f"{settings.data} has a vocabulary of {facts.vocab_size}, {name} one of {vocab_size}: "
+            f"prepare it with --tokenizer {name}"
+        )
+    return model, arrays
+
+
 def open_arrays(
     reference: str, cache_dir: Path, dtype: Any
 ) -> tuple[Model | Classifier, dict[str, Any], int]:
@@ -58,10 +74,14 @@ def open_arrays(
             return Classifier(encoder.config, dtype), dict(encoder.tensors()), size
         files = open_model(reference, cache_dir, bars.pull)
         bars.opened(files)
-    model = Model(files.config, dtype)
-    shapes = {name: leaf.shape for name, leaf in parameters(model.empty).items()}
-    arrays = {name: array.astype(np.float32) for name, array in files.tensors(shapes)}
-    return model, arrays, load_tokenizer(files.tokenizer_source).vocab_size
+    vocab_size = load_tokenizer(files.tokenizer_source).vocab_size
+    return Model(files.config, dtype), arrays_of(files), vocab_size
+
+
+def arrays_of(files: ModelFiles) -> dict[str, Any]:
+    """In float32, whatever they are stored in."""
+    shapes = {name: leaf.shape for name, leaf in parameters(Model(files.config).empty).items()}
+    return {name: array.astype(np.float32) for name, array in files.tensors(shapes)}
 
 
 def _for_labels(

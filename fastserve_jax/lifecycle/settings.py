@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.models.config import ModelConfig
 
+from .distil import Distil
 from .lora import Lora
 from .optimiser import Optimiser
+from .pruning import Prune
 
 DTYPES = ("auto", "f32", "bf16")
 
@@ -75,6 +77,8 @@ class TrainSettings:
     shape: Shape = field(default_factory=Shape)
     optimiser: Optimiser = field(default_factory=Optimiser)
     lora: Lora = field(default_factory=Lora)
+    distil: Distil = field(default_factory=Distil)
+    prune: Prune = field(default_factory=Prune)
     mesh: MeshShape = field(default_factory=MeshShape)
 
     def check(self) -> None:
@@ -89,5 +93,10 @@ class TrainSettings:
             raise ConfigError(f"{self.batch_rows} rows do not divide into {self.accumulate} parts")
         if self.lora.rank and not self.base:
             raise ConfigError("lora is trained beside a model: name its base")
+        if self.lora.rank and (self.prune.share or self.prune.keep):
+            raise ConfigError("what lora adds has no zeros: prune, or train lora, not both")
+        if self.prune.keep and not self.base:
+            raise ConfigError("prune.keep keeps the zeros of a base: name it")
+        self.prune.check(self.steps)
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is one of {', '.join(DTYPES)}, not {self.dtype}")

@@ -27,8 +27,10 @@ from fastserve_jax.weights.orbax import write_model
 from . import optimiser
 from .checkpoints import Checkpoints
 from .dataset import TOKENIZER, TRAIN, VALID, Dataset
+from .distil import distilled
 from .lora import adapters, merged
 from .losses import Classifier, Model
+from .pruning import pruned
 from .settings import TrainSettings
 from .steps import Steps, Told, Training, evaluation, make_mesh, place, place_batch
 from .vocabulary import copy_vocabulary
@@ -66,9 +68,10 @@ def train(
     report: Report = lambda _: None,
     say: Callable[[str], None] = lambda _: None,
     base: tuple[Model | Classifier, dict[str, Any]] | None = None,
+    teacher: tuple[Model, dict[str, Any]] | None = None,
 ) -> Trained:
-    """`base` is what is trained, and the arrays to go on from. Raises OperatorErrors: ConfigError,
-    DataError, TrainingFailed."""
+    """`base` is what is trained, and the arrays to go on from; `teacher` what it learns from beside
+    text. Raises OperatorErrors: ConfigError, DataError, TrainingFailed."""
     settings.check()
     data, out = Dataset(Path(settings.data)), Path(settings.out)
     mesh = make_mesh(jax.devices(), settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
@@ -76,17 +79,24 @@ def train(
         raise ConfigError(f"{out / MODEL} is there already: take another `out`, or delete it")
     model, begin = base or _new(settings, data)
     lora, arrays = settings.lora, place(begin, mesh)
-    params, frozen = arrays, {}
+    params, frozen = arrays, {"base": {}, "teacher": place(teacher[1], mesh) if teacher else {}}
     if lora.rank:
-        params, frozen = place(adapters(arrays, lora, settings.seed), mesh), arrays
+        params, frozen["base"] = place(adapters(arrays, lora, settings.seed), mesh), arrays
 
     def whole(params: Any, frozen: Any) -> dict[str, jax.Array]:
-        return merged(frozen, params, lora) if lora.rank else params
+        return merged(frozen["base"], params, lora) if lora.rank else params
 
     def loss(params: Any, frozen: Any, batch: Any) -> Any:
         return model.loss(whole(params, frozen), batch)
 
-    steps = Steps(loss, optimiser.make(settings.optimiser, settings.steps))
+    def taught(params: Any, frozen: Any, batch: Any) -> Any:
+        assert teacher is not None
+        assert isinstance(model, Model)
+        given = whole(params, frozen), frozen["teacher"], batch
+        return distilled(model, teacher[0], *given, settings.distil)
+
+    made = optimiser.make(settings.optimiser, settings.steps)
+    steps = Steps(taught if teacher else loss, pruned(made, settings.prune, settings.steps))
     now = steps.begin(params)
     out.mkdir(parents=True, exist_ok=True)
     with Checkpoints(out / CHECKPOINTS, settings.keep, say) as kept:
@@ -138,7 +148,7 @@ class _Loop:
     data: Dataset
     mesh: Any
     steps: Steps
-    frozen: dict[str, jax.Array]
+    frozen: dict[str, Any]
     evaluate: Callable[[Any, Any, Any], Told]
     kept: Checkpoints
     curves: Path
@@ -172,6 +182,7 @@ class _Loop:
             if is_due:
                 point = self._measured(now, point)
                 valid = point.loss if point.valid_loss is None else point.valid_loss
+                valid += settings.prune.unfinished(number, settings.steps)
                 worse = 0 if valid < best else worse + 1
                 best = min(best, valid)
                 stood = {"batches": batches.get_state(), "best": best, "worse": worse}

@@ -1,7 +1,8 @@
 """The parts of a decoder: linear maps, norms, rotary embedding. Arrays in, arrays out; no pages.
 
-Weights live in the model's dtype or in int8 with a scale per output; sums, norms and activations
-are float32, cast or quantised where a matrix product begins. A matrix is [out, in]: both operands
+Weights live in the model's dtype, in int8 with a scale per output, or in fewer bits with scales by
+stretch of the input; sums, norms and activations are float32, cast or quantised where a matrix
+product begins. A matrix is [out, in]: both operands
 are contracted along their last axis. Where the CPU has kernels for int8, a product is one call with
 all that stands around it, and rows of padding, from `live` on, are not computed.
 """
@@ -21,14 +22,21 @@ from pallas_kernels import cpu, quant_matmul
 
 from .config import RopeScaling
 from .parts import VOCAB, WHOLE, Axes, Parts
+from .precision import Stored
 from .spread import spreading
 
 
 class Matrix(NamedTuple):
-    """[out, in] of a float type, or int8 with `scale` [out] float32 and its input spread."""
+    """[out, in] of a float type; or int8 with `scale` [out] float32 and its input spread; or int8,
+    int4 or fp8, widened where it is used, with `scale` [groups, out] float32."""
 
     weight: jax.Array
     scale: jax.Array | None = None
+
+    @property
+    def takes_int8(self) -> bool:
+        """Activations of eight bits."""
+        return self.scale is not None and self.scale.ndim == 1
 
 
 class Linear(nnx.Module):
@@ -39,7 +47,7 @@ class Linear(nnx.Module):
         self,
         out: int,
         size: int,
-        dtype: DTypeLike,
+        dtype: DTypeLike | Stored,
         bias: DTypeLike | None = None,
         axes: Axes = (None, None),
         parts: Parts = WHOLE,
@@ -63,7 +71,8 @@ class Linear(nnx.Module):
         `gate`; then the map, then `add_norm`, and `add` [rows, out] is added."""
         weight, scale = matrix = _held(self.weight, self.scale)
         other = self.bias is not None or any(isinstance(n, LayerNorm) for n in (norm, add_norm))
-        if scale is not None and cpu.runs() and not other and self.parts.count == 1:
+        kernel = matrix.takes_int8 and cpu.runs() and not other and self.parts.count == 1
+        if kernel and scale is not None:
             norms = {"norm": for_kernel(norm), "add_norm": for_kernel(add_norm)}
             return cpu.int8_matmul(x, weight, scale, live, gate=gate, add=add, **norms)
         x = x if norm is None else norm(x)
@@ -84,6 +93,8 @@ def project(x: jax.Array, matrix: Matrix, live: jax.Array | int) -> jax.Array:
         return jax.lax.dot_general(
             x.astype(weight.dtype), weight, axes, preferred_element_type=jnp.float32
         )
+    if not matrix.takes_int8:
+        return quant_matmul(x.astype(jnp.bfloat16), weight, scale)
     if cpu.runs():
         return cpu.int8_matmul(x, weight, scale, jnp.int32(live))
     rows, row_scale = quantise(spread(x))
@@ -96,7 +107,9 @@ def best_output(
     """The highest of each row of `project`, NaN where there is one, and the first output that has
     it, without the product in memory; None where that cannot be had."""
     weight, scale = matrix
-    return cpu.int8_best(x, weight, scale, live) if scale is not None and cpu.runs() else None
+    if scale is None or not matrix.takes_int8 or not cpu.runs():
+        return None
+    return cpu.int8_best(x, weight, scale, live)
 
 
 def drawn_output(
@@ -104,7 +117,7 @@ def drawn_output(
 ) -> Callable[[cpu.Rules], tuple[jax.Array, jax.Array]] | None:
     """The same for an output drawn from each row; None where that cannot be had."""
     weight, scale = matrix
-    if scale is None or not cpu.runs():
+    if scale is None or not matrix.takes_int8 or not cpu.runs():
         return None
     return lambda rules: cpu.int8_draw(x, weight, scale, live, rules)
 
@@ -124,10 +137,13 @@ def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _matrix(
-    out: int, size: int, dtype: DTypeLike, axes: Axes
+    out: int, size: int, dtype: DTypeLike | Stored, axes: Axes
 ) -> tuple[nnx.Param[jax.Array], nnx.Param[jax.Array] | None]:
     scale = None
-    if dtype == jnp.int8:
+    if isinstance(dtype, Stored):
+        shape = dtype.groups(size), out
+        scale, dtype = nnx.Param(jnp.ones(shape, jnp.float32), axes=(None, axes[0])), dtype.dtype
+    elif dtype == jnp.int8:
         # Where the input is divided, each part is quantised by itself.
         scale = nnx.Param(jnp.ones((out,), jnp.float32), axes=(axes[0] or axes[1],))
     return nnx.Param(jnp.zeros((out, size), dtype), axes=axes), scale
@@ -171,7 +187,9 @@ def for_kernel(norm: Norm | None) -> cpu.Norm | None:
 class Embedding(nnx.Module):
     """Rows by their index. Where `parts` are many, each device has `count` of them."""
 
-    def __init__(self, count: int, size: int, dtype: DTypeLike, parts: Parts = WHOLE) -> None:
+    def __init__(
+        self, count: int, size: int, dtype: DTypeLike | Stored, parts: Parts = WHOLE
+    ) -> None:
         self.weight, self.scale = _matrix(count, size, dtype, parts.axes(VOCAB, None))
         self.parts = parts
 
@@ -180,7 +198,12 @@ class Embedding(nnx.Module):
 
     def _own(self, index: jax.Array) -> jax.Array:
         rows = self.weight[...][index].astype(jnp.float32)
-        return rows if self.scale is None else spread(rows * self.scale[...][index][:, None])
+        if self.scale is None:
+            return rows
+        if self.scale.ndim == 1:
+            return spread(rows * self.scale[...][index][:, None])
+        scales = self.scale[...].T[index][..., None]  # [tokens, groups, 1]
+        return (rows.reshape(*scales.shape[:2], -1) * scales).reshape(rows.shape)
 
     def _of_all(self, index: jax.Array) -> jax.Array:
         count = self.weight.shape[0]

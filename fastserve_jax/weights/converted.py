@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError, safe_open
 
+from fastserve_jax.models.precision import W8A8
+
 from .load import ModelFiles
 from .quantise import to_int8
 
@@ -71,12 +73,26 @@ def _cast(files: ModelFiles, wanted: Parameters) -> Iterator[Parameter]:
     """The largest first: what of it is made on the way is gone before the others are there."""
     stored = {name: w.shape for name, w in wanted.items() if not name.endswith(".scale")}
     stored = dict(sorted(stored.items(), key=lambda item: -int(np.prod(item[1]))))
-    for name, array in files.tensors(stored):
+    as_they_are = {name for name in stored if _is_as_stored(files, name, wanted)}
+    for name in as_they_are:
+        matrix = name.removesuffix(".weight")
+        weight, scale = files.as_stored(matrix)
+        yield f"{matrix}.scale", scale
+        yield name, weight
+    for name, array in files.tensors(stored, as_they_are):
         kind = np.dtype(wanted[name].dtype)
         if kind == np.int8:
             array, scale = to_int8(array)
             yield f"{name.removesuffix('.weight')}.scale", scale
         yield name, np.ascontiguousarray(array, kind)
+
+
+def _is_as_stored(files: ModelFiles, name: str, wanted: Parameters) -> bool:
+    matrix = name.removesuffix(".weight")
+    of, scale = files.stored.get(matrix), wanted.get(f"{matrix}.scale")
+    if of is None or scale is None or np.dtype(wanted[name].dtype) != np.dtype(of.dtype):
+        return False
+    return len(scale.shape) == (1 if of.kind == W8A8 else 2)
 
 
 def _key(path: Path, wanted: Parameters) -> str:

@@ -9,7 +9,7 @@ import difflib
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from fastserve_jax.errors import ModelFileError
 from fastserve_jax.models.config import ModelConfig
+from fastserve_jax.models.precision import Stored
 from fastserve_jax.weights.catalogue import embedded, embedded_names, read_catalogue
 from fastserve_jax.weights.encoder import EncoderFiles, is_encoder, open_encoder, unpacked
 from fastserve_jax.weights.gguf import GgufFile
@@ -70,13 +71,26 @@ class ModelFiles:
     int8_perplexity: float | None = None
 
     @property
+    def stored(self) -> Mapping[str, Stored]:
+        """Matrices that are kept in fewer bits, as `fastserve compress` writes them."""
+        return self._source.stored if isinstance(self._source, Checkpoint) else {}
+
+    def as_stored(self, matrix: str) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """Weight and scale of one of those, as they are."""
+        assert isinstance(self._source, Checkpoint)
+        return self._source.read_stored(matrix)
+
+    @property
     def size_bytes(self) -> int:
         """Of all that is stored."""
         files = self.path.rglob("*") if self.path.is_dir() else [self.path]
         return sum(file.stat().st_size for file in files if file.is_file())
 
-    def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, NDArray[Any]]]:
-        """Yields every parameter of `shapes` by name: float32, or float16/bfloat16 as stored.
+    def tensors(
+        self, shapes: Mapping[str, tuple[int, ...]], but: Collection[str] = ()
+    ) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Yields every parameter of `shapes` by name, `but` those: float32, or float16/bfloat16 as
+        stored.
 
         Raises ModelFileError before the first one if any is missing or a stored tensor would be
         left over, and at the parameter itself if its shape is another.
@@ -86,6 +100,8 @@ class ModelFiles:
             ahead: deque[tuple[str, Future[NDArray[Any]]]] = deque()
             try:
                 for name, stored in wanted.items():
+                    if name in but:
+                        continue
                     ahead.append((name, pool.submit(self._assemble, stored)))
                     if len(ahead) > _AHEAD:
                         yield self._checked(*ahead.popleft(), shapes)

@@ -1,0 +1,1 @@
+"""Models made smaller: quantised, pruned, and measured before and after."""
