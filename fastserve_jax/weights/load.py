@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from fastserve_jax.errors import ModelFileError
 from fastserve_jax.models.config import ModelConfig
+from fastserve_jax.weights.adapter import is_adapter, read_facts
 from fastserve_jax.weights.catalogue import embedded, embedded_names, read_catalogue
 from fastserve_jax.weights.encoder import EncoderFiles, is_encoder, open_encoder, unpacked
 from fastserve_jax.weights.gguf import GgufFile
@@ -340,6 +341,11 @@ def open_folder(path: Path, name: str) -> ModelFiles:
     """Opens a folder of Hugging Face's, or one of our own. Raises ModelFileError."""
     if is_encoder(path):
         raise ModelFileError(f"{name} is an encoder: it writes no text")
+    if is_adapter(path):
+        base = read_facts(path).base_model_name_or_path or "MODEL"
+        raise ModelFileError(
+            f"{name} is an adapter of {base}: fastserve serve {base} --adapter {name}={path}"
+        )
     config, names = _config_of(path)
     source = Checkpoint(path) if is_checkpoint(path) else Folder(path, names)
     return ModelFiles(
