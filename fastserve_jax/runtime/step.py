@@ -241,39 +241,8 @@ def programs(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[Program]
     kv_pages = [like(layout.shape, dtype) for _ in range(config.num_layers)]
     hidden = like((shape.token_buckets[-1], config.hidden_size), dtype)
     head = jax.tree.map(abstract, head_of(config, params))
-    slots = shape.max_slots
-    table = ints(slots, shape.pages_per_row)
-    batch = Batch(ints(slots), ints(slots), table, ints(slots + 1), ints(2))
-    # By their leaves alone: to flatten a state of hundreds of variables costs each step 0.25 ms.
-    leaves, tree = jax.tree.flatten(jax.tree.map(abstract, params))
-    divided = [spec_of(axes) for axes in all_axes(params)]
     head_divided = head_of(config, params, lambda variable: spec_of(axes_of(variable)))
-
-    def forward_by_leaves(
-        leaves: list[jax.Array],
-        kv_pages: list[jax.Array],
-        history: jax.Array,
-        batch: Batch,
-        *adapted: Any,
-        tokens: int,
-    ) -> Any:
-        params = jax.tree.unflatten(tree, leaves)
-        return steps.forward(params, kv_pages, history, batch, tokens, *adapted)
-
-    adapters = jax.eval_shape(lambda: empty_adapters(config, shape.adapters, dtype))
-    for tokens in reversed(shape.token_buckets):
-        forward = partial(forward_by_leaves, tokens=tokens)
-        given = (leaves, kv_pages, state.history, batch)
-        specs = (divided, PAGES, REPLICAS, HOST), (PAGES, REPLICAS)
-        yield Program(f"forward[{tokens}]", forward, given, donated=(1,), specs=specs)
-        if shape.adapters.count:
-            adapted = (*given, adapters, ints(slots))
-            yield Program(f"adapted[{tokens}]", forward, adapted, donated=(1,))
-    if shape.adapters.count:
-        one = AdapterRoom(1, shape.adapters.rank)
-        alone = jax.eval_shape(lambda: empty_adapters(config, one, dtype))
-        yield Program("adapt", put, (adapters, ints(), alone), donated=(0,))
-
+    yield from _forwards(steps, params, kv_pages, state.history, dtype)
     for count in shape.row_buckets:
         rows = Rows(ints(count), ints(count), ints(count))
         drawn_from = (head, state, hidden, rows)
@@ -301,3 +270,40 @@ def programs(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[Program]
         specs=((REPLICAS, HOST, HOST), REPLICAS),
     )
     yield from swap_programs(shape.host_layout(steps.own), kv_pages, jax.devices()[0])
+
+
+def _forwards(
+    steps: Steps, params: State, kv_pages: list[Any], history: Any, dtype: DTypeLike
+) -> Iterator[Program]:
+    shape, slots = steps.shape, steps.shape.max_slots
+    table = ints(slots, shape.pages_per_row)
+    batch = Batch(ints(slots), ints(slots), table, ints(slots + 1), ints(2))
+    # By their leaves alone: to flatten a state of hundreds of variables costs each step 0.25 ms.
+    leaves, tree = jax.tree.flatten(jax.tree.map(abstract, params))
+    specs = ([spec_of(axes) for axes in all_axes(params)], PAGES, REPLICAS, HOST)
+
+    def forward_by_leaves(
+        leaves: list[jax.Array],
+        kv_pages: list[jax.Array],
+        history: jax.Array,
+        batch: Batch,
+        *adapted: Any,
+        tokens: int,
+    ) -> Any:
+        params = jax.tree.unflatten(tree, leaves)
+        return steps.forward(params, kv_pages, history, batch, tokens, *adapted)
+
+    given = (leaves, kv_pages, history, batch)
+    for tokens in reversed(shape.token_buckets):
+        forward, of_all = partial(forward_by_leaves, tokens=tokens), (specs, (PAGES, REPLICAS))
+        yield Program(f"forward[{tokens}]", forward, given, donated=(1,), specs=of_all)
+    if not shape.adapters.count:
+        return
+    rooms = (shape.adapters, AdapterRoom(1, shape.adapters.rank))
+    adapters, one = (
+        jax.eval_shape(partial(empty_adapters, steps.config, room, dtype)) for room in rooms
+    )
+    for tokens in reversed(shape.token_buckets):
+        forward, adapted = partial(forward_by_leaves, tokens=tokens), (adapters, ints(slots))
+        yield Program(f"adapted[{tokens}]", forward, (*given, *adapted), donated=(1,))
+    yield Program("adapt", put, (adapters, ints(), one), donated=(0,))

@@ -216,6 +216,15 @@ def _stored(config: ModelConfig, layer: int) -> Iterator[str]:
         yield from (stem.rpartition(".")[2] for stem in _stems(config, layer, name))
 
 
+def _targets(of_layers: list[set[str]]) -> list[str]:
+    """Endings of names, where all layers have the same; or else whole names."""
+    endings = [
+        {stem.partition(f".{layer}.")[2] for stem in stems} for layer, stems in enumerate(of_layers)
+    ]
+    is_alike = all(own == endings[0] for own in endings)
+    return sorted(endings[0] if is_alike else set().union(*of_layers))
+
+
 def check_kept(config: ModelConfig, names: Mapping[str, Any]) -> None:
     """Raises ConfigError where what is trained beside `names` ("layers.0.attn.qkv.weight") is no
     adapter that can be served."""
@@ -239,14 +248,15 @@ def write_adapter(
     from safetensors.numpy import save_file
 
     check_kept(config, trained)
-    tensors, targets, rank = {}, set(), 0
+    tensors, rank = {}, 0
+    targets: list[set[str]] = [set() for _ in range(config.num_layers)]
     for name, (a, b) in trained.items():
         _, layer, matrix = name.removesuffix(".weight").split(".", 2)
         stems, rank = _stems(config, int(layer), matrix), len(a)
         outs = matrices(config)[matrix][1]
         parts = np.split(b, np.cumsum(outs)[:-1]) if len(stems) > 1 else [b]
         for stem, part in zip(stems, parts, strict=True):
-            targets.add(stem.rpartition(".")[2])
+            targets[int(layer)].add(stem)
             for half, array in (("A", a), ("B", part)):
                 stored = np.ascontiguousarray(array, np.float32)
                 tensors[f"{_PREFIX}{stem}.lora_{half}.weight"] = stored
@@ -258,7 +268,7 @@ def write_adapter(
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(targets),
+        "target_modules": _targets(targets),
         "fan_in_fan_out": config.family == "gpt2",
         "inference_mode": True,
     }

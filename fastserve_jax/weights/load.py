@@ -342,9 +342,10 @@ def open_folder(path: Path, name: str) -> ModelFiles:
     if is_encoder(path):
         raise ModelFileError(f"{name} is an encoder: it writes no text")
     if is_adapter(path):
-        base = read_facts(path).base_model_name_or_path or "MODEL"
+        base, (short, at, _) = read_facts(path).base_model_name_or_path, name.partition("@")
         raise ModelFileError(
-            f"{name} is an adapter of {base}: fastserve serve {base} --adapter {name}={path}"
+            f"{name} is an adapter{base and f' of {base}'}: fastserve serve {base or 'MODEL'} "
+            f"--adapter {short}={name if at else path}"
         )
     config, names = _config_of(path)
     source = Checkpoint(path) if is_checkpoint(path) else Folder(path, names)

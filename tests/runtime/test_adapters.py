@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fastserve_jax.adapters import LoadedAdapters
 from fastserve_jax.core.cost import CostModel
 from fastserve_jax.core.policy import make_policy
 from fastserve_jax.core.scheduler import Limits, Scheduler
@@ -26,6 +27,7 @@ from fastserve_jax.core.types import (
     Work,
 )
 from fastserve_jax.engine import Engine
+from fastserve_jax.errors import ConfigError, InvalidRequest, ModelNotFound
 from fastserve_jax.models.adapters import AdapterRoom
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.runtime.compile import CompileCounter
@@ -51,7 +53,7 @@ CONFIG = ModelConfig(
 )
 BOUNDS = {"max_slots": 4, "step_tokens": 16, "max_context": 48, "page_size": 4, "num_pages": 22}
 SHAPE = StepShape(**BOUNDS, host_pages=60, adapters=AdapterRoom(2, 4))
-BASE, FIRST, SECOND = None, Adapter(1, 1), Adapter(2, 2)
+BASE, FIRST, SECOND, THIRD = None, Adapter(1, 1), Adapter(2, 2), Adapter(1, 3)
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +67,17 @@ def runner():
 def adapted(runner, tmp_path_factory):
     """The runner with two adapters, of another rank each, and the arrays that each row means."""
     device, arrays = runner
-    meant = {BASE: arrays}
-    for adapter, rank in ((FIRST, 4), (SECOND, 2)):
-        meant[adapter] = put(device, arrays, adapter.index, rank, tmp_path_factory)
-    return device, meant
+    drawn = {a: draw(rank, tmp_path_factory) for a, rank in ((FIRST, 4), (SECOND, 2), (THIRD, 3))}
+    meant = {adapter: peft.merged(arrays, added) for adapter, (_, added) in drawn.items()}
+    pairs = {adapter: read for adapter, (read, _) in drawn.items()}
+    return device, {BASE: arrays, **meant}, pairs
 
 
-def put(device, arrays, index, rank, folders, seed=0):
-    tensors, added = peft.draw(CONFIG, rank, seed or index)
+def draw(rank, folders):
+    """-> one as the device takes it, and what it adds."""
+    tensors, added = peft.draw(CONFIG, rank, rank)
     folder = peft.write(folders.mktemp("adapter"), tensors, rank)
-    device.adapt(index, read_adapter(folder, CONFIG, SHAPE.adapters.rank, jnp.float32))
-    return peft.merged(arrays, added)
+    return read_adapter(folder, CONFIG, SHAPE.adapters.rank, jnp.float32), added
 
 
 def greedy(arrays, prompt, count):
@@ -85,11 +87,14 @@ def greedy(arrays, prompt, count):
     return tokens[len(prompt) :]
 
 
-def make_engine(device, policy="fcfs", host_pages=0):
+def make_engine(device, pairs, policy="fcfs", host_pages=0):
     limits = Limits(**BOUNDS, host_pages=host_pages)
     cost = CostModel([0.002], page_out_s=1e-6, page_in_s=1e-6)
     scheduler = Scheduler(limits, make_policy(policy, limits, cost), cost)
-    return scheduler, Engine(scheduler, device)
+    engine = Engine(scheduler, device)
+    for adapter in (FIRST, SECOND) if pairs else ():
+        engine.add_adapter(adapter, pairs[adapter])
+    return scheduler, engine
 
 
 async def ask(engine, prompt, count, adapter):
@@ -120,8 +125,8 @@ def requests():
 async def test_adapters_and_the_base_in_one_batch_equal_each_merged_model(
     adapted, policy, host_pages
 ):
-    device, meant = adapted
-    scheduler, engine = make_engine(device, policy, host_pages)
+    device, meant, pairs = adapted
+    scheduler, engine = make_engine(device, pairs, policy, host_pages)
     with CompileCounter() as counter:
         async with engine:
             got = await asyncio.gather(*(ask(engine, *asked) for asked in requests()))
@@ -138,26 +143,63 @@ async def test_adapters_and_the_base_in_one_batch_equal_each_merged_model(
     scheduler.check()
 
 
-async def test_what_one_adapter_computed_is_for_no_other(adapted, tmp_path_factory):
-    device, meant = adapted
+async def test_what_one_adapter_computed_is_for_no_other(adapted):
+    device, meant, pairs = adapted
     prompt = list(range(1, 14))
-    _, engine = make_engine(device)
+    _, engine = make_engine(device, pairs)
     async with engine:
         for known in (0, 12):
             for adapter in (BASE, FIRST, SECOND):
                 want = greedy(meant[adapter], prompt, 5)
                 assert await ask(engine, prompt, 5, adapter) == (want, known)
-        # Another in its place; the rest stays what it is.
-        other = put(device, meant[BASE], 1, 3, tmp_path_factory, seed=7)
-        third = Adapter(1, 3)
-        assert await ask(engine, prompt, 5, third) == (greedy(other, prompt, 5), 0)
-        assert await ask(engine, prompt, 5, SECOND) == (greedy(meant[SECOND], prompt, 5), 12)
-        assert await ask(engine, prompt, 5, BASE) == (greedy(meant[BASE], prompt, 5), 12)
-    put(device, meant[BASE], 1, 4, tmp_path_factory)
+        engine.drop_adapter(FIRST)
+        engine.add_adapter(THIRD, pairs[THIRD])  # in its place; the rest stays what it is
+        for adapter, known in ((THIRD, 0), (SECOND, 12), (BASE, 12)):
+            want = greedy(meant[adapter], prompt, 5)
+            assert await ask(engine, prompt, 5, adapter) == (want, known)
+
+
+async def test_loading_and_unloading_beside_running_requests(runner, tmp_path):
+    device, arrays = runner
+    folders, meant = {}, {}
+    for seed, name in enumerate("abc", 20):
+        tensors, added = peft.draw(CONFIG, 3, seed, scale=0.6)
+        folders[name] = str(peft.write(tmp_path / name, tensors, 3))
+        meant[name] = greedy(peft.merged(arrays, added), (7, 8, 9), 40)
+    peft.write(tmp_path / "large", peft.draw(CONFIG, 5, 1)[0], 5)
+    _, engine = make_engine(device, None)
+    loaded = LoadedAdapters(engine, CONFIG, SHAPE.adapters, jnp.float32, tmp_path)
+    with CompileCounter() as counter:
+        async with engine:
+            a = await loaded.load("a", folders["a"])
+            going = asyncio.create_task(ask(engine, (7, 8, 9), 40, a))
+            beside = asyncio.create_task(ask(engine, (7, 8, 9), 40, BASE))
+            await asyncio.sleep(0.005)
+            b = await loaded.load("b", folders["b"])
+            assert not going.done(), "it was meant to be loaded beside a request"
+            with pytest.raises(InvalidRequest, match="adapter 'a' has already been loaded"):
+                await loaded.load("a", folders["c"])
+            loaded.unload("a")
+            with pytest.raises(ModelNotFound, match="unloaded"):
+                await ask(engine, (7, 8, 9), 40, a)
+            with pytest.raises(ModelNotFound, match="adapter 'a' cannot be found"):
+                loaded.unload("a")
+            with pytest.raises(InvalidRequest, match="room for 2 adapters, 1 of which requests"):
+                await loaded.load("c", folders["c"])
+            assert (await ask(engine, (7, 8, 9), 40, b))[0] == meant["b"]
+            assert (await going)[0] == meant["a"]
+            assert (await beside)[0] == greedy(arrays, (7, 8, 9), 40)
+            with pytest.raises(ConfigError, match=r"rank 5.* lora\.max_rank=5"):
+                await loaded.load("c", str(tmp_path / "large"))
+            c = await loaded.load("c", folders["c"])
+            assert (c.index, c.serial) == (a.index, 3)
+            both = await asyncio.gather(*(ask(engine, (7, 8, 9), 40, one) for one in (c, b)))
+            assert [tokens for tokens, _ in both] == [meant["c"], meant["b"]]
+    assert counter.compiles == 0
 
 
 def test_rows_without_an_adapter_run_the_program_of_a_server_without_any(adapted, monkeypatch):
-    device, _ = adapted
+    device, *_ = adapted
     ran = []
     programs = {
         name: lambda *args, n=name, p=p: ran.append(n) or p(*args)
