@@ -18,7 +18,8 @@ from .core.types import Adapter
 from .errors import InvalidRequest, ModelNotFound
 from .models.adapters import AdapterRoom
 from .models.config import ModelConfig
-from .weights.adapter import find_adapter, read_adapter
+from .weights.adapter import find_adapter
+from .weights.adapter_arrays import read_adapter
 
 
 class Engine(Protocol):

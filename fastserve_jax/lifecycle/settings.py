@@ -89,5 +89,7 @@ class TrainSettings:
             raise ConfigError(f"{self.batch_rows} rows do not divide into {self.accumulate} parts")
         if self.lora.rank and not self.base:
             raise ConfigError("lora is trained beside a model: name its base")
+        if not self.lora.merge and not self.lora.rank:
+            raise ConfigError("lora.merge is false, and there is no adapter: name a lora.rank")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is one of {', '.join(DTYPES)}, not {self.dtype}")

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format, to the shapes that the decoder has room for, and back.
+"""Adapters in PEFT's format: found, understood and written.
 
     adapter_config.json         rank, alpha, and what they are of
     adapter_model.safetensors   base_model.model.STEM.lora_A.weight [rank, in], lora_B [out, rank]
@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 
 from fastserve_jax.errors import ConfigError, ModelFileError
-from fastserve_jax.models.adapters import Pair, Pairs, matrices
+from fastserve_jax.models.adapters import matrices
 from fastserve_jax.models.config import ModelConfig
 
 from .hub import fetch_snapshot
@@ -29,8 +29,7 @@ from .names import HF_OF_FAMILY
 from .registry import ADAPTER, REGISTRY, Registry
 
 TENSORS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_FLOATS = ("F64", "F32", "F16", "BF16")
+PREFIX = "base_model.model."
 _DRAWN = ("gaussian", "eva", "orthogonal")  # ways to begin that leave the model as it was
 
 type Array = Any  # of numpy, where the decoder has its own
@@ -107,113 +106,14 @@ def read_facts(folder: Path) -> AdapterFacts:
     return facts
 
 
-def read_adapter(folder: Path, config: ModelConfig, rank: int, dtype: DTypeLike) -> list[Pairs]:
-    """As models/adapters.py has one set, of that rank, in numpy. Raises ModelFileError, and
-    ConfigError where its own rank is higher."""
-    facts, path = read_facts(folder), folder / TENSORS
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return _Reader(path, file, facts, config, rank, dtype).layers()
-    except (OSError, SafetensorError) as error:
-        raise ModelFileError(f"{path}: cannot read: {error}") from error
-
-
-class _Reader:
-    def __init__(
-        self,
-        path: Path,
-        file: Any,
-        facts: AdapterFacts,
-        config: ModelConfig,
-        rank: int,
-        dtype: DTypeLike,
-    ) -> None:
-        self.path, self.facts, self.config = path, facts, config
-        self.rank, self.dtype = rank, np.dtype(dtype)
-        self._file, self._left = file, set(file.keys())
-
-    def layers(self) -> list[Pairs]:
-        made = [
-            {name: self._pair(layer, name) for name in matrices(self.config)}
-            for layer in range(self.config.num_layers)
-        ]
-        if self._left:
-            spare = ", ".join(sorted(self._left)[:4])
-            known = ", ".join(dict.fromkeys(_stored(self.config, 0)))
-            raise ModelFileError(
-                f"{self.path}: {spare} is beside no matrix that may have it, of layers 0 to "
-                f"{self.config.num_layers - 1}: {known}"
-            )
-        return made
-
-    def _pair(self, layer: int, name: str) -> Pair:
-        size, outs = matrices(self.config)[name]
-        stems = _stems(self.config, layer, name)
-        if len(stems) == len(outs):
-            halves = [
-                self._halves(stem, layer, size, out) for stem, out in zip(stems, outs, strict=True)
-            ]
-        else:  # stored as one
-            a, b = self._halves(stems[0], layer, size, sum(outs))
-            halves = [(a, part) for part in np.split(b, np.cumsum(outs)[:-1])]
-        stacked: Array = np.stack([a for a, _ in halves])
-        return Pair(stacked, tuple(b for _, b in halves))
-
-    def _halves(self, stem: str, layer: int, size: int, out: int) -> Halves:
-        """Filled up to the rank with zeros, which add nothing."""
-        names = [f"{_PREFIX}{stem}.lora_{half}.weight" for half in "AB"]
-        a, b = np.zeros((self.rank, size), self.dtype), np.zeros((out, self.rank), self.dtype)
-        there = [name for name in names if name in self._left]
-        if len(there) < 2:
-            if there or self._is_target(stem, layer):
-                missing = ", ".join(sorted({*names} - {*there}))
-                raise ModelFileError(f"{self.path}: {missing} is missing")
-            return a, b
-        shapes = [tuple(self._file.get_slice(name).get_shape()) for name in names]
-        own = shapes[0][0] if shapes[0] else 0
-        if shapes != [(own, size), (out, own)] or not own:
-            raise ModelFileError(
-                f"{self.path}: {stem} has {shapes[0]} and {shapes[1]}, expected "
-                f"({self.facts.r}, {size}) and ({out}, {self.facts.r})"
-            )
-        if own > self.rank:
-            raise ConfigError(
-                f"{self.path}: rank {own}, and there is room for {self.rank}: start the server "
-                f"with --set lora.max_rank={own}"
-            )
-        self._left -= {*names}
-        a[:own] = self._read(names[0], 1.0)
-        b[:, :own] = self._read(names[1], self.facts.scale(own))
-        return a, b
-
-    def _is_target(self, stem: str, layer: int) -> bool:
-        """Whether PEFT would have trained it, as far as plain names say."""
-        targets, layers = self.facts.target_modules, self.facts.layers_to_transform
-        if not isinstance(targets, list) or layers not in (None, [], layer):
-            return False
-        return any(stem == target or stem.endswith(f".{target}") for target in targets)
-
-    def _read(self, name: str, scale: float) -> Array:
-        kind = self._file.get_slice(name).get_dtype()
-        if kind not in _FLOATS:
-            raise ModelFileError(f"{self.path}: {name} is {kind}, not a float type")
-        with np.errstate(over="ignore"):
-            array: Array = (self._file.get_tensor(name).astype(np.float32) * scale).astype(
-                self.dtype
-            )
-        if not np.isfinite(array.astype(np.float32)).all():
-            raise ModelFileError(f"{self.path}: {name} has numbers that are not finite")
-        return array
-
-
-def _stems(config: ModelConfig, layer: int, name: str) -> tuple[str, ...]:
+def stems_of(config: ModelConfig, layer: int, name: str) -> tuple[str, ...]:
     parts = HF_OF_FAMILY[config.family].parts[f"layers.{{i}}.{name}"]
     return tuple(part.replace("{i}", str(layer)) for part in parts)
 
 
-def _stored(config: ModelConfig, layer: int) -> Iterator[str]:
+def known_targets(config: ModelConfig, layer: int) -> Iterator[str]:
     for name in matrices(config):
-        yield from (stem.rpartition(".")[2] for stem in _stems(config, layer, name))
+        yield from (stem.rpartition(".")[2] for stem in stems_of(config, layer, name))
 
 
 def _targets(of_layers: list[set[str]]) -> list[str]:
@@ -244,7 +144,7 @@ def write_adapter(
     base: str,
 ) -> None:
     """`trained` by the decoder's names, unscaled. A fused matrix's first half is written beside
-    each of its parts. Raises ConfigError."""
+    each of its parts. The folder is there whole or not at all. Raises ConfigError."""
     from safetensors.numpy import save_file
 
     check_kept(config, trained)
@@ -252,14 +152,14 @@ def write_adapter(
     targets: list[set[str]] = [set() for _ in range(config.num_layers)]
     for name, (a, b) in trained.items():
         _, layer, matrix = name.removesuffix(".weight").split(".", 2)
-        stems, rank = _stems(config, int(layer), matrix), len(a)
+        stems, rank = stems_of(config, int(layer), matrix), len(a)
         outs = matrices(config)[matrix][1]
         parts = np.split(b, np.cumsum(outs)[:-1]) if len(stems) > 1 else [b]
         for stem, part in zip(stems, parts, strict=True):
             targets[int(layer)].add(stem)
             for half, array in (("A", a), ("B", part)):
                 stored = np.ascontiguousarray(array, np.float32)
-                tensors[f"{_PREFIX}{stem}.lora_{half}.weight"] = stored
+                tensors[f"{PREFIX}{stem}.lora_{half}.weight"] = stored
     facts = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -272,6 +172,10 @@ def write_adapter(
         "fan_in_fan_out": config.family == "gpt2",
         "inference_mode": True,
     }
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    (folder / ADAPTER).write_text(json.dumps(facts, indent=2))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as writing:
+        made = Path(writing) / folder.name
+        made.mkdir()
+        save_file(tensors, made / TENSORS, metadata={"format": "pt"})
+        (made / ADAPTER).write_text(json.dumps(facts, indent=2))
+        os.replace(made, folder)

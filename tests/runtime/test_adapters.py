@@ -32,7 +32,7 @@ from fastserve_jax.models.adapters import AdapterRoom
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.runtime.compile import CompileCounter
 from fastserve_jax.runtime.step import StepShape
-from fastserve_jax.weights.adapter import read_adapter
+from fastserve_jax.weights.adapter_arrays import read_adapter
 from tests.models import oracle
 from tests.models.families import FAMILIES
 from tests.runtime.build import build_runner

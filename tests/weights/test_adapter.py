@@ -10,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from fastserve_jax.errors import ConfigError, ModelFileError
 from fastserve_jax.models.adapters import matrices
-from fastserve_jax.weights.adapter import find_adapter, read_adapter, write_adapter
+from fastserve_jax.weights.adapter import find_adapter, write_adapter
+from fastserve_jax.weights.adapter_arrays import read_adapter
 from fastserve_jax.weights.load import open_model
 from fastserve_jax.weights.registry import Registry
 from tests.models.families import FAMILIES
