@@ -36,7 +36,8 @@ from fastserve_jax.metrics import Metrics
 from fastserve_jax.server.choice import Choice
 from fastserve_jax.server.config import ServerConfig
 from fastserve_jax.server.lifecycle import listening
-from fastserve_jax.server.state import Served, ServerState
+from fastserve_jax.server.served import Served
+from fastserve_jax.server.state import ServerState
 
 FLOOR_TOKENS_PER_S = 20_000
 MODEL = "overhead"
@@ -93,7 +94,7 @@ def make_engine(clients: int, metrics: Metrics) -> tuple[Engine, Limits]:
     step_tokens = max(512, clients)
     limits = Limits(16, 8192, max_slots=clients, step_tokens=step_tokens, guesses=15)
     scheduler = Scheduler(limits, FirstComeFirstServed())
-    return Engine(scheduler, InstantRunner(), on_step=metrics.step), limits
+    return Engine(scheduler, InstantRunner(), on_step=metrics.of(MODEL).step), limits
 
 
 async def serve(pipe: Connection, clients: int) -> None:
@@ -101,7 +102,8 @@ async def serve(pipe: Connection, clients: int) -> None:
     state = ServerState(ServerConfig(port=0), metrics)
     engine, limits = make_engine(clients, metrics)
     async with engine, listening(state) as url:
-        state.ready(Served(MODEL, engine, WordTokenizer(), limits.max_context))
+        state.put(Served(MODEL, engine, WordTokenizer(), limits.max_context))
+        state.ready()
         pipe.send(url)
         await asyncio.to_thread(pipe.recv)
 
@@ -178,7 +180,7 @@ async def inside(clients: int, tokens: int, seconds: float, text: bool) -> float
         nonlocal total
         while time.monotonic() < deadline:
             request = Request(engine.new_id(), tuple(range(3, 12)), Sampling(max_tokens=tokens))
-            choice = Choice(tokenizer, rules, metrics.request(9))
+            choice = Choice(tokenizer, rules, metrics.of(MODEL).request(9))
             async with engine.stream(request) as events:
                 async for event in events:
                     if text:

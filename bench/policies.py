@@ -43,7 +43,8 @@ from fastserve_jax.core.types import Request, Sampling
 from fastserve_jax.metrics import Metrics
 from fastserve_jax.server.config import ServerConfig
 from fastserve_jax.server.lifecycle import listening
-from fastserve_jax.server.state import Served, ServerState
+from fastserve_jax.server.served import Served
+from fastserve_jax.server.state import ServerState
 from fastserve_jax.simulation.run import Source
 
 TRACE = Path(__file__).parents[2] / "shared" / "traces" / "servegen_m_large_1h_5rps.csv"
@@ -85,7 +86,8 @@ def serve(pipe: Connection, model: str, sets: list[str]) -> None:
         )
         async with engine, listening(state) as url:
             context = loaded.limits.max_context
-            state.ready(Served(loaded.name, engine, loaded.tokenizer, context, loaded.template))
+            state.put(Served(loaded.name, engine, loaded.tokenizer, context, loaded.template))
+            state.ready()
             pipe.send(url)
             await asyncio.to_thread(pipe.recv)
             stats = engine.stats()

@@ -23,7 +23,6 @@ from fastserve_jax.weights.catalogue import DEFAULT_MODEL, cache_folder
 
 if TYPE_CHECKING:
     from fastserve_jax.config import Settings
-    from fastserve_jax.weights.encoder import EncoderFiles
 
 _STUDY, _HOSTS = Study(), HostFlags()
 _BEGAN = time.perf_counter()  # what a person waits for includes importing
@@ -58,9 +57,7 @@ Dtype = Annotated[
 
 @app.command
 def serve(
-    model: str = DEFAULT_MODEL,
-    /,
-    *,
+    *models: str,
     host: str | None = None,
     port: int | None = None,
     api_key: str | None = None,
@@ -75,13 +72,16 @@ def serve(
     config: Config = None,
     set_: Set = None,
 ) -> None:
-    """Serve MODEL over an OpenAI-compatible API.
+    """Serve MODELS over an OpenAI-compatible API; a request that names none means the first.
+
+    A name of our own registry is served as its current version, whichever that comes to be: after
+    `fastserve models promote` the new one is loaded beside, and takes over.
 
     Parameters
     ----------
-    model
-        A catalogue name (see `fastserve models`), a .gguf file, a Hugging Face folder, or
-        hf:org/name.
+    models
+        Catalogue names (see `fastserve models`), .gguf files, Hugging Face folders, hf:org/name,
+        or registered versions.
     host
         Address to listen on; 0.0.0.0 for all.
     port
@@ -89,7 +89,7 @@ def serve(
     api_key
         Clients must send it as a bearer token; also read from FASTSERVE_API_KEY.
     draft_model
-        A smaller model with the same vocabulary, which guesses what MODEL will say where that pays.
+        A smaller model with the same vocabulary, which guesses what comes next where that pays.
     policy
         Who goes first: adaptive, mlfq (FastServe's), fcfs, srpt-predicted, mlfq-naive or
         run-to-completion. `fastserve simulate` compares them.
@@ -115,32 +115,19 @@ def serve(
         },
     )
     settings = _with_key(settings, api_key)
-    sys.exit(_serve(model, settings, hosts))
+    sys.exit(_serve(models or (DEFAULT_MODEL,), settings, hosts))
 
 
-def _serve(model: str, settings: Settings, hosts: HostFlags) -> int:
-    """As a group's host, as an encoder's, or as it is done."""
+def _serve(models: tuple[str, ...], settings: Settings, hosts: HostFlags) -> int:
+    """As the host of a group that it is."""
     member = membership(os.environ, hosts)
     if not member.leads:
         from fastserve_jax.follow import follow_model
 
-        return follow_model(model, settings, cache_folder(), member)
-    encoder = _encoder(model)
-    if encoder is not None:
-        from fastserve_jax.serve_encoder import serve_encoder
+        return follow_model(models[0], settings, cache_folder(), member)
+    from fastserve_jax.serve import serve_models
 
-        return asyncio.run(serve_encoder(encoder, settings, cache_folder(), _BEGAN))
-    from fastserve_jax.serve import serve_model
-
-    return asyncio.run(serve_model(model, settings, cache_folder(), _BEGAN, member))
-
-
-def _encoder(model: str) -> EncoderFiles | None:
-    from fastserve_jax.terminal import Bars
-    from fastserve_jax.weights.load import find_encoder
-
-    with Bars() as bars:
-        return find_encoder(model, cache_folder(), bars.pull)
+    return asyncio.run(serve_models(models, settings, cache_folder(), _BEGAN, member))
 
 
 @app.command

@@ -18,10 +18,13 @@ from fastserve_jax.api.completions import Completion, CompletionRequest
 from fastserve_jax.api.models import (
     DetokenizeAnswer,
     DetokenizeRequest,
+    Loading,
     ModelCard,
     ModelList,
     TokenizeAnswer,
     TokenizeRequest,
+    Unloaded,
+    Unloading,
 )
 from fastserve_jax.api.response_events import AnyEvent, Completed, Failed, Incomplete, SocketError
 from fastserve_jax.api.responses import Response, ResponseRequest, SocketRequest
@@ -106,6 +109,16 @@ class AsyncClient:
 
     async def models(self) -> list[ModelCard]:
         return (await self._call("GET", "/v1/models", None, ModelList)).data
+
+    async def load_model(self, model: str, *, name: str | None = None) -> ModelCard:
+        """Returns when it is served, by `name`, or by its own; one that had the name finishes what
+        it has. The server must have been started with server.loading."""
+        asked = Loading(model=model, name=name)
+        return await self._call("POST", "/models/load", asked, ModelCard)
+
+    async def unload_model(self, name: str) -> None:
+        """It has no new requests from now on."""
+        await self._call("POST", "/models/unload", Unloading(model=name), Unloaded)
 
     async def complete(
         self, prompt: str | Sequence[int], *, model: str | None = None, **fields: Any

@@ -1,17 +1,15 @@
 """What operators watch, in Prometheus' words. A registry of its own, read when it is scraped.
 
-Updates are plain additions on the event loop; the engine and the runner are asked for their
-numbers at the scrape. Knows neither of them, nor HTTP.
+What is counted of each model is in meters.py; here are the server's own numbers, and how all of it
+is shown. Knows no engine and no HTTP.
 """
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
@@ -22,151 +20,35 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from fastserve_jax.core.stats import Stats
+from fastserve_jax.meters import HISTOGRAMS, SECONDS, Histogram, ModelMetrics, Sample
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-SECONDS = (
-    *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
-    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0),
+_BY_REASON = (
+    ("request_success_total", "Requests ended.", "finished_reason"),
+    ("admission_rejections_total", "Requests refused.", "reason"),
 )
-TOKENS = tuple(float(2**i) for i in range(18))
-
-HISTOGRAMS: Mapping[str, tuple[tuple[float, ...], str]] = {
-    "time_to_first_token_seconds": (SECONDS, "From a request's arrival to its first token."),
-    "inter_token_latency_seconds": (SECONDS, "Between two tokens of one request."),
-    "request_time_per_output_token_seconds": (SECONDS, "A request's mean time between tokens."),
-    "e2e_request_latency_seconds": (SECONDS, "From a request's arrival to its end."),
-    "request_queue_time_seconds": (SECONDS, "From a request's arrival to its first step."),
-    "request_prefill_time_seconds": (SECONDS, "From a request's first step to its first token."),
-    "request_decode_time_seconds": (SECONDS, "From a request's first token to its last."),
-    "request_prompt_tokens": (TOKENS, "Prompt tokens of a finished request."),
-    "request_generation_tokens": (TOKENS, "Output tokens of a finished request."),
-    "iteration_tokens_total": (TOKENS, "Positions run in one step."),
-    "device_step_seconds": (SECONDS, "Time of one step."),
-    "websocket_connection_duration_seconds": (SECONDS, "Life of a WebSocket connection."),
-}
-
-
-class StepRecord(Protocol):
-    """What the engine says of a committed step."""
-
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def elapsed_s(self) -> float: ...
-
-
-class Histogram:
-    """Counts per bucket. Not for several threads, which is why it is cheap."""
-
-    __slots__ = ("_bounds", "_counts", "_sum")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def buckets(self) -> tuple[list[tuple[str, float]], float]:
-        """Cumulative counts by upper bound, and the sum of all values."""
-        below, pairs = 0, []
-        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
-            below += count
-            pairs.append(("+Inf" if bound == float("inf") else repr(bound), float(below)))
-        return pairs, self._sum
-
-
-class RequestMeter:
-    """Times one engine request. `done` or, failing that, `close` ends it."""
-
-    __slots__ = (
-        *("_first", "_last", "_metrics", "_open", "_prompt_tokens", "_queued_s", "_start"),
-        "_token_gap",
-    )
-
-    def __init__(self, metrics: Metrics, prompt_tokens: int) -> None:
-        self._metrics = metrics
-        self._prompt_tokens = prompt_tokens
-        self._start = time.perf_counter()
-        self._first = self._last = self._queued_s = 0.0
-        self._token_gap = metrics.histograms["inter_token_latency_seconds"].observe
-        self._open = True
-
-    def start(self, queued_s: float) -> None:
-        self._queued_s = queued_s
-        self._metrics.histograms["request_queue_time_seconds"].observe(queued_s)
-
-    def token(self) -> None:
-        now = time.perf_counter()
-        if self._last:
-            self._token_gap(now - self._last)
-        else:
-            self._first = now
-            waited_s = now - self._start
-            self._metrics.histograms["time_to_first_token_seconds"].observe(waited_s)
-            prefill_s = max(waited_s - self._queued_s, 0.0)
-            self._metrics.histograms["request_prefill_time_seconds"].observe(prefill_s)
-        self._last = now
-        self._metrics.generation_tokens += 1
-
-    def done(self, reason: str, output_tokens: int) -> None:
-        """`reason` is stop, length, deadline or error."""
-        if not self._open:
-            return
-        self._open = False
-        observe = self._metrics.histograms
-        observe["e2e_request_latency_seconds"].observe(time.perf_counter() - self._start)
-        observe["request_prompt_tokens"].observe(self._prompt_tokens)
-        observe["request_generation_tokens"].observe(output_tokens)
-        decode_s = self._last - self._first
-        observe["request_decode_time_seconds"].observe(decode_s)
-        if output_tokens > 1:
-            mean_s = decode_s / (output_tokens - 1)
-            observe["request_time_per_output_token_seconds"].observe(mean_s)
-        self._metrics.finished[reason] += 1
-        self._metrics.prompt_tokens += self._prompt_tokens
-
-    def close(self) -> None:
-        """Left before its end: the client went away or a sibling failed."""
-        if self._open:
-            self._open = False
-            self._metrics.finished["abort"] += 1
+_SOCKET_LIFE = "websocket_connection_duration_seconds"
 
 
 class Metrics(Collector):
-    """Everything under the prefix `fastserve:` with the label model_name."""
+    """Everything under the prefix `fastserve:` with the label model_name; the server's own numbers
+    have that of the model that it began with."""
 
     def __init__(self, model_name: str) -> None:
         self.model_name = model_name
-        self.histograms = {name: Histogram(bounds) for name, (bounds, _) in HISTOGRAMS.items()}
-        self.finished: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
-        self.prompt_tokens = 0
-        self.generation_tokens = 0
         self.sockets_open = 0
         self.sockets_total = 0
-        self._stats: Callable[[], Stats] | None = None
-        self._page_size = 0
+        self._socket_life = Histogram(SECONDS)
+        self._models: dict[str, ModelMetrics] = {}
         self._sources: list[Callable[[], Mapping[str, float]]] = []
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
-    def request(self, prompt_tokens: int) -> RequestMeter:
-        return RequestMeter(self, prompt_tokens)
-
-    def step(self, record: StepRecord) -> None:
-        """For the engine's on_step."""
-        self.histograms["iteration_tokens_total"].observe(record.tokens)
-        self.histograms["device_step_seconds"].observe(record.elapsed_s)
-
-    def watch_engine(self, stats: Callable[[], Stats], page_size: int) -> None:
-        """Ask `stats` at every scrape. `page_size` in tokens."""
-        self._stats = stats
-        self._page_size = page_size
+    def of(self, model_name: str) -> ModelMetrics:
+        """Those of a model, which begin when they are first asked for."""
+        return self._models.setdefault(model_name, ModelMetrics(model_name))
 
     def observe(self, source: Callable[[], Mapping[str, float]]) -> None:
         """Export what `source` gives at every scrape; names that end in _total are counters."""
@@ -182,8 +64,7 @@ class Metrics(Collector):
             yield
         finally:
             self.sockets_open -= 1
-            life_s = time.perf_counter() - start
-            self.histograms["websocket_connection_duration_seconds"].observe(life_s)
+            self._socket_life.observe(time.perf_counter() - start)
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
@@ -192,94 +73,42 @@ class Metrics(Collector):
         return []  # registering must not ask the sources
 
     def collect(self) -> Iterator[Metric]:
-        yield from self._requests()
-        if self._stats is not None:
-            yield from self._engine(self._stats())
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {
+            name: CounterMetricFamily(f"fastserve:{name}", text, labels=["model_name", label])
+            for name, text, label in _BY_REASON  # shown while nothing has been counted, too
+        }
+        for name, sample in self._samples():
+            if sample.name not in families:
+                counts = sample.name.endswith("_total") and not sample.gauge
+                kind = CounterMetricFamily if counts else GaugeMetricFamily
+                labels = ["model_name", *sample.labels]
+                families[sample.name] = kind(f"fastserve:{sample.name}", sample.text, labels=labels)
+            families[sample.name].add_metric([name, *sample.labels.values()], sample.value)
+        yield from families.values()
+        for name, (_, text) in HISTOGRAMS.items():
+            of_each = {own.model_name: own.histograms[name] for own in self._models.values()}
+            yield _histogram(name, text, of_each)
+        life = {self.model_name: self._socket_life}
+        yield _histogram(_SOCKET_LIFE, "Life of a WebSocket connection.", life)
+
+    def _samples(self) -> Iterator[tuple[str, Sample]]:
+        """Each with the model that it is of."""
+        for own in self._models.values():
+            yield from ((own.model_name, sample) for sample in own.samples())
+        for reason, count in self.rejected.items():
+            labels = {"reason": reason}
+            yield self.model_name, Sample("admission_rejections_total", "", count, labels)
+        active, ever = "websocket_connections_active", "websocket_connections_total"
+        yield self.model_name, Sample(active, "Now open.", self.sockets_open)
+        yield self.model_name, Sample(ever, "Ever opened.", self.sockets_total)
         for source in self._sources:
             for name, value in source().items():
-                yield self._family(name, name.replace("_", " "), value)
-
-    def _requests(self) -> Iterator[Metric]:
-        yield self._family("prompt_tokens_total", "Prompt tokens processed.", self.prompt_tokens)
-        yield self._family("generation_tokens_total", "Tokens produced.", self.generation_tokens)
-        yield self._by("request_success", "Requests ended.", "finished_reason", self.finished)
-        yield self._by("admission_rejections", "Requests refused.", "reason", self.rejected)
-        yield self._family("websocket_connections_active", "Now open.", self.sockets_open)
-        yield self._family("websocket_connections_total", "Ever opened.", self.sockets_total)
-        for name, (_, text) in HISTOGRAMS.items():
-            histogram = HistogramMetricFamily(f"fastserve:{name}", text, labels=["model_name"])
-            buckets, total = self.histograms[name].buckets()
-            histogram.add_metric([self.model_name], buckets, total)
-            yield histogram
-
-    def _engine(self, stats: Stats) -> Iterator[Metric]:
-        used = stats.pages_used / stats.pages_total if stats.pages_total else 0.0
-        for name, text, value in (
-            ("num_requests_running", "Requests that own a slot.", stats.running),
-            ("num_requests_waiting", "Requests in the queue.", stats.waiting),
-            ("kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", used),
-            ("num_preemptions_total", "Sequences put back in the queue.", stats.preemptions),
-            ("prefix_cache_queries_total", "Prompt tokens looked up.", stats.prefix_query_tokens),
-            ("prefix_cache_hits_total", "Prompt tokens found.", stats.prefix_hit_tokens),
-            ("computed_tokens_total", "Positions run, repeats included.", stats.computed_tokens),
-            ("spec_decode_num_draft_tokens_total", "Tokens guessed.", stats.guessed_tokens),
-            ("spec_decode_num_accepted_tokens_total", "Guessed right.", stats.accepted_tokens),
-            ("draft_model_tokens_total", "Proposed by it.", stats.proposed_tokens),
-            ("draft_model_seconds_total", "In which it did.", stats.asked_s),
-            ("engine_steps_total", "Steps committed.", stats.steps),
-            ("engine_busy_seconds_total", "Time in steps.", stats.busy_s),
-            *_swapping(stats),
-        ):
-            yield self._family(name, text, value)
-        for name, value in stats.policy.items():
-            yield self._family(name, f"{name.replace('_', ' ').capitalize()}.", value)
-        if stats.levels:
-            levels = {str(level): count for level, count in enumerate(stats.levels)}
-            text = "Live requests by the policy's level, the first going first."
-            yield self._by("queue_level_requests", text, "level", levels, GaugeMetricFamily)
-        info = GaugeMetricFamily(
-            "fastserve:cache_config_info",
-            "Size of the KV cache.",
-            labels=["model_name", "block_size", "num_gpu_blocks"],
-        )
-        info.add_metric([self.model_name, str(self._page_size), str(stats.pages_total)], 1)
-        yield info
-
-    def _family(self, name: str, text: str, value: float) -> Metric:
-        family: CounterMetricFamily | GaugeMetricFamily
-        if name.endswith("_total"):
-            family = CounterMetricFamily(f"fastserve:{name}", text, labels=["model_name"])
-        else:
-            family = GaugeMetricFamily(f"fastserve:{name}", text, labels=["model_name"])
-        family.add_metric([self.model_name], value)
-        return family
-
-    def _by(
-        self,
-        name: str,
-        text: str,
-        label: str,
-        counts: Mapping[str, int],
-        kind: type[CounterMetricFamily | GaugeMetricFamily] = CounterMetricFamily,
-    ) -> Metric:
-        family = kind(f"fastserve:{name}", text, labels=["model_name", label])
-        for key, count in counts.items():
-            family.add_metric([self.model_name, key], count)
-        return family
+                yield self.model_name, Sample(name, name.replace("_", " "), value)
 
 
-def _swapping(stats: Stats) -> tuple[tuple[str, str, float], ...]:
-    """What moves between device and host memory, and what it saves and costs."""
-    host = stats.host_pages_used / stats.host_pages_total if stats.host_pages_total else 0.0
-    size = stats.page_bytes
-    return (
-        ("host_cache_usage_perc", "Share of host KV pages in use, 0 to 1.", host),
-        ("host_cache_hits_total", "Tokens found in host memory.", stats.host_hit_tokens),
-        ("swap_out_pages_total", "Pages copied to host memory.", stats.pages_out),
-        ("swap_in_pages_total", "Pages copied back.", stats.pages_in),
-        ("swap_out_bytes_total", "Bytes copied to host memory.", stats.pages_out * size),
-        ("swap_in_bytes_total", "Bytes copied back.", stats.pages_in * size),
-        ("swap_stall_seconds_total", "Time that copies added to steps.", stats.stall_s),
-        ("recomputed_tokens_total", "Positions a preemption lost.", stats.recomputed_tokens),
-        ("step_cost_error", "Mean error of predicted step time, moving.", stats.cost_error),
-    )
+def _histogram(name: str, text: str, of_each: Mapping[str, Histogram]) -> Metric:
+    family = HistogramMetricFamily(f"fastserve:{name}", text, labels=["model_name"])
+    for model_name, histogram in of_each.items():
+        buckets, total = histogram.buckets()
+        family.add_metric([model_name], buckets, total)
+    return family

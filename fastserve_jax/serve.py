@@ -1,6 +1,6 @@
 """`fastserve serve`: listens at once, loads beside it, and is ready when every program is compiled.
 
-While loading, /health answers and /ready and all work get 503. Joins server, engine and device.
+While loading, /health answers and /ready and all work get 503. Joins server, models and device.
 """
 
 from __future__ import annotations
@@ -8,30 +8,31 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fastserve_jax.assemble import Loaded, load
 from fastserve_jax.config import Settings
 from fastserve_jax.engine import Engine
-from fastserve_jax.follow import all_or_none, end_with_group
+from fastserve_jax.errors import ConfigError
+from fastserve_jax.follow import end_with_group
 from fastserve_jax.group.leader import Leader
 from fastserve_jax.group.membership import Membership
+from fastserve_jax.hosting import Hosting
 from fastserve_jax.metrics import Metrics
+from fastserve_jax.roster import Roster
 from fastserve_jax.runtime.compile import CompileCounter
 from fastserve_jax.runtime.hosts import part
 from fastserve_jax.server.lifecycle import serve
-from fastserve_jax.server.state import Served, ServerState
-from fastserve_jax.terminal import Bars, console, ready_lines
+from fastserve_jax.server.served import Served
+from fastserve_jax.server.state import ServerState
+from fastserve_jax.terminal import console, ready_lines
 
 _BLAME_S = 1.0  # a step may fail for want of a host before it is known which one is gone
 
 
-async def serve_model(
-    reference: str,
+async def serve_models(
+    references: Sequence[str],
     settings: Settings,
     cache_dir: Path,
     began: float,
@@ -39,56 +40,46 @@ async def serve_model(
     stop: asyncio.Event | None = None,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> int:
-    """Serve until a signal or `stop`. Returns the exit status; raises OperatorErrors. With a
-    `membership` of several hosts, as the one that leads.
+    """Serve until a signal or `stop`; a request that names no model means the first. Returns the
+    exit status; raises OperatorErrors. With a `membership` of several hosts, as the one that leads.
 
     `began` is when the person began to wait, by time.perf_counter.
     """
     stop = stop or asyncio.Event()
-    metrics = Metrics(reference)
+    metrics = Metrics(references[0])
     state = ServerState(settings.server, metrics)
     url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     server = asyncio.create_task(serve(state, url.set_result, stop), name="server")
-    running: list[Engine] = []
-    leader = _leader(membership, running, stop)
+    leader = _leader(membership, state, stop)
+    counter = CompileCounter()
+    roster = Roster(state, Hosting(settings, cache_dir, metrics, counter, leader).host)
     try:
         opening: set[asyncio.Future[bool] | asyncio.Future[str]] = {server, url}
         await asyncio.wait(opening, return_when=asyncio.FIRST_COMPLETED)
         if server.done():
             server.result()  # raises what kept it from listening, before anything is loaded
-        with Bars() as bars:
-            loading = _in_thread(lambda: _loaded(reference, settings, cache_dir, bars, leader))
-            both: set[asyncio.Future[bool] | asyncio.Future[Loaded]] = {server, loading}
+        with counter:
+            loading = asyncio.create_task(_load(roster, references, leader), name="loading")
+            both: set[asyncio.Task[bool] | asyncio.Task[None]] = {server, loading}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if not loading.done():
-            console.print("stopped while loading")
-            os._exit(0)  # a compilation cannot be interrupted, and nothing is owed to anybody
-        with loading.result().runner, CompileCounter() as counter:
-            loaded = loading.result()
-            metrics.model_name = loaded.name
-            metrics.observe(_device_numbers(loaded, counter, time.perf_counter() - began))
-            async with loaded.engine(metrics.step) as engine:
-                running.append(engine)
-                metrics.watch_engine(engine.stats, loaded.limits.page_size)
-                gc.freeze()  # what was loaded stays: no collection need look at it
-                gc.enable()
-                state.ready(_served(loaded, engine))
-                address = await url
-                on_ready(address)
-                if leader is not None:
-                    watching = asyncio.create_task(_watch(engine, leader), name="watch")
-                    server.add_done_callback(lambda _: watching.cancel())
-                console.print(
-                    ready_lines(
-                        loaded.name,
-                        address,
-                        time.perf_counter() - began,
-                        chat=loaded.tokenizer.chat_template is not None,
-                        key=bool(settings.server.api_keys),
-                    ),
-                    soft_wrap=True,
-                )
-                finished = await server
+            if not loading.done():
+                console.print("stopped while loading")
+                os._exit(0)  # a compilation cannot be interrupted, and nothing is owed to anybody
+            loading.result()
+            metrics.model_name = state.entries[0].name
+            metrics.observe(lambda: {"recompiles_after_ready_total": counter.compiles})
+            gc.freeze()  # what was loaded stays: no collection need look at it
+            gc.enable()
+            state.ready()
+            address = await url
+            on_ready(address)
+            watching = _watch(state, roster, cache_dir, leader)
+            console.print(_ready(state, address, time.perf_counter() - began), soft_wrap=True)
+            finished = await server
+            watching.cancel()
+            if roster.loading:
+                os._exit(0 if finished else 1)  # as above
+            await roster.close()
         if leader is not None:
             leader.close()
             part()
@@ -96,16 +87,34 @@ async def serve_model(
     finally:
         stop.set()
         await asyncio.wait({server})
+        await roster.close()
 
 
-def _loaded(
-    reference: str, settings: Settings, cache_dir: Path, bars: Bars, leader: Leader | None
-) -> Loaded:
-    with all_or_none() if leader is not None else nullcontext():
-        return load(reference, settings, cache_dir, bars, leader)
+async def _load(roster: Roster, references: Sequence[str], leader: Leader | None) -> None:
+    """Nothing here may hold one of them: it would stay when another has taken its place."""
+    if leader is not None and len(references) > 1:
+        raise ConfigError("a group of hosts serves one model")
+    names = set()
+    for reference in references:
+        names.add((await roster.load(reference)).name)
+    if len(names) < len(references):
+        raise ConfigError(f"a name is there twice among {', '.join(references)}")
 
 
-async def _watch(engine: Engine, leader: Leader) -> None:
+def _watch(
+    state: ServerState, roster: Roster, cache_dir: Path, leader: Leader | None
+) -> asyncio.Task[None]:
+    """Over what may change while it is served. A group serves what it began with."""
+    if leader is None:
+        state.roster = roster
+        return asyncio.create_task(roster.follow(cache_dir), name="follow")
+    (own,) = state.entries
+    assert isinstance(own, Served)
+    assert isinstance(own.engine, Engine)
+    return asyncio.create_task(_tell_group(own.engine, leader), name="watch")
+
+
+async def _tell_group(engine: Engine, leader: Leader) -> None:
     """Where the engine stops by itself, the other hosts would wait for it."""
     await engine.ended()
     if engine.failure is not None:
@@ -114,7 +123,7 @@ async def _watch(engine: Engine, leader: Leader) -> None:
 
 
 def _leader(
-    membership: Membership | None, running: list[Engine], stop: asyncio.Event
+    membership: Membership | None, state: ServerState, stop: asyncio.Event
 ) -> Leader | None:
     """Whatever it hears from the other hosts, it hears on a thread of theirs."""
     if membership is None or membership.num_hosts == 1:
@@ -122,8 +131,9 @@ def _leader(
     loop = asyncio.get_running_loop()
 
     def tell_clients(why: str) -> None:
-        for engine in running:
-            engine.abandon(f"the server has lost a host and must start again: {why}")
+        for served in state.entries:
+            assert isinstance(served.engine, Engine)
+            served.engine.abandon(f"the server has lost a host and must start again: {why}")
 
     def lost(why: str) -> None:
         end_with_group(why, lambda: loop.call_soon_threadsafe(tell_clients, why))
@@ -135,48 +145,13 @@ def _leader(
     return Leader(membership, lost, leaving, lambda what: console.print(what, highlight=False))
 
 
-def _served(loaded: Loaded, engine: Engine) -> Served:
-    return Served(
-        name=loaded.name,
-        engine=engine,
-        tokenizer=loaded.tokenizer,
-        context=min(loaded.limits.max_context, loaded.limits.page_size * loaded.limits.num_pages),
-        template=loaded.template,
-        defaults=loaded.defaults,
-    )
-
-
-def _device_numbers(
-    loaded: Loaded, counter: CompileCounter, startup_s: float
-) -> Callable[[], Mapping[str, float]]:
-    return lambda: {
-        "recompiles_after_ready_total": counter.compiles,
-        "compiled_programs": loaded.programs,
-        "compile_seconds": loaded.compile_s,
-        "startup_seconds": startup_s,
-    }
-
-
-def _in_thread[T](work: Callable[[], T]) -> asyncio.Future[T]:
-    """Like asyncio.to_thread, but a process that ends does not wait for it."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        try:
-            outcome, error = work(), None
-        except BaseException as caught:
-            outcome, error = None, caught
-        try:
-            loop.call_soon_threadsafe(settle, outcome, error)
-        except RuntimeError:
-            return  # the loop is closed: nobody waits
-
-    threading.Thread(target=run, name="load", daemon=True).start()
-    return future
+def _ready(state: ServerState, url: str, waited_s: float) -> str:
+    """With what to ask the first one."""
+    first = state.entries[0]
+    if isinstance(first, Served):
+        is_chat = first.tokenizer.chat_template is not None
+        route = "v1/chat/completions" if is_chat else "v1/completions"
+    else:
+        route = "classify" if first.labels else "v1/embeddings"
+    names = [served.name for served in state.entries]
+    return ready_lines(names, url, waited_s, route, bool(state.config.api_keys))

@@ -6,6 +6,7 @@ Everything goes to standard error; standard output is for answers.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Self
 
 from rich.console import Console
@@ -94,16 +95,20 @@ class Bars:
         console.print(f"{line} in {time.perf_counter() - self._began[key]:.1f} s")
 
 
-def ready_lines(name: str, url: str, ready_s: float, chat: bool, key: bool) -> str:
+_TRY = {  # by route: a body that shows what it does
+    "v1/chat/completions": '{"messages": [{"role": "user", "content": "Hello!"}]}',
+    "v1/completions": '{"prompt": "Once upon a time", "max_tokens": 32}',
+    "v1/embeddings": '{"input": "Hello!"}',
+    "classify": '{"input": "Hello!"}',
+}
+
+
+def ready_lines(names: Sequence[str], url: str, ready_s: float, route: str, key: bool) -> str:
     """The one line to look for, and one to paste."""
     authorization = " -H 'Authorization: Bearer $FASTSERVE_API_KEY'" if key else ""
-    if chat:
-        path, body = "chat/completions", '"messages": [{"role": "user", "content": "Hello!"}]'
-    else:
-        path, body = "completions", '"prompt": "Once upon a time", "max_tokens": 32'
     return (
-        f"[bold green]Ready[/] in {ready_s:.1f} s: {name} at [bold]{url}[/]"
+        f"[bold green]Ready[/] in {ready_s:.1f} s: {', '.join(names)} at [bold]{url}[/]"
         f" (metrics {url}/metrics)\n"
-        f"  curl {url}/v1/{path}{authorization} -H 'Content-Type: application/json'"
-        f" -d '{{{body}}}'"
+        f"  curl {url}/{route}{authorization} -H 'Content-Type: application/json'"
+        f" -d '{_TRY[route]}'"
     )

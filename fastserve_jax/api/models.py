@@ -1,4 +1,5 @@
-"""The small routes on the wire: models, tokenize, detokenize, tokenizer_info, version, health."""
+"""The small routes on the wire: models and their loading, tokenize, detokenize, tokenizer_info,
+version, health."""
 
 from __future__ import annotations
 
@@ -13,12 +14,27 @@ class ModelCard(msgspec.Struct):
     created: int  # unix seconds
     object: str = "model"
     owned_by: str = "fastserve"
+    root: str | UnsetType = UNSET  # which model or version that is
     max_model_len: int | UnsetType = UNSET  # tokens, prompt and output together
 
 
 class ModelList(msgspec.Struct):
     data: list[ModelCard]
     object: str = "list"
+
+
+class Loading(msgspec.Struct, kw_only=True):
+    model: str  # as for `fastserve serve`
+    name: str | None = None  # that clients will call it by; where another has it, in its place
+
+
+class Unloading(msgspec.Struct, kw_only=True):
+    model: str  # the name that clients call it by
+
+
+class Unloaded(msgspec.Struct):
+    id: str
+    unloaded: bool = True
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):

@@ -123,12 +123,12 @@ class Host:
 async def _serve(
     host: Host, reference: str, settings: Settings, cache_dir: Path, membership: Membership
 ) -> int:
-    from fastserve_jax.serve import serve_model
+    from fastserve_jax.serve import serve_models
 
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     host.running(lambda: loop.call_soon_threadsafe(stop.set))
-    arguments = (reference, settings, cache_dir, time.perf_counter(), membership)
-    return await serve_model(*arguments, stop=stop, on_ready=host.ready)
+    arguments = ([reference], settings, cache_dir, time.perf_counter(), membership)
+    return await serve_models(*arguments, stop=stop, on_ready=host.ready)
 
 
 def _own_address() -> str:

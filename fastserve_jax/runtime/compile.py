@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -82,6 +83,7 @@ class CompileCounter:
         self.compiles = 0  # programs handed to the compiler or fetched from the cache
         self.cache_hits = 0
         self._thread = threading.get_ident() if own_thread else None
+        self._paused = 0
 
     def __enter__(self) -> Self:
         monitoring.register_event_duration_secs_listener(self._on_duration)
@@ -92,8 +94,17 @@ class CompileCounter:
         monitoring.unregister_event_duration_listener(self._on_duration)
         monitoring.unregister_event_listener(self._on_event)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While something is loaded, whose programs are meant to be compiled."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
     def _counts(self) -> bool:
-        return self._thread in (None, threading.get_ident())
+        return not self._paused and self._thread in (None, threading.get_ident())
 
     def _on_duration(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILED and self._counts():

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from fastserve_jax.server import chat, completions, embeddings, probes, responses, websocket
+from fastserve_jax.server import (
+    chat,
+    completions,
+    embeddings,
+    models,
+    probes,
+    responses,
+    websocket,
+)
 from fastserve_jax.server.exchange import STATE
 from fastserve_jax.server.middleware import keys_checked, outermost, stamp
 from fastserve_jax.server.state import ServerState
@@ -25,8 +33,10 @@ def create_app(state: ServerState) -> web.Application:
             web.get("/ready", probes.ready),
             web.get("/metrics", probes.metrics),
             web.get("/version", probes.version_),
-            web.get("/v1/models", probes.models),
-            web.get("/v1/models/{id:.+}", probes.model),
+            web.get("/v1/models", models.models),
+            web.get("/v1/models/{id:.+}", models.model),
+            web.post("/models/load", models.load),
+            web.post("/models/unload", models.unload),
             web.post("/v1/completions", completions.complete),
             web.post("/v1/chat/completions", chat.chat),
             web.post("/v1/embeddings", embeddings.embed),

@@ -20,8 +20,8 @@ from fastserve_jax.core.types import (
     TopLogprobs,
 )
 from fastserve_jax.errors import DeadlineExceeded, EngineFailed, Overloaded
-from fastserve_jax.metrics import RequestMeter
-from fastserve_jax.server.state import Tokenizer
+from fastserve_jax.meters import RequestMeter
+from fastserve_jax.server.served import Tokenizer
 from fastserve_jax.server.stops import StopMatcher
 
 

@@ -29,7 +29,8 @@ from fastserve_jax.server.logprobs import (
     prompt_logprobs,
     prompt_records,
 )
-from fastserve_jax.server.state import Served, ServerState
+from fastserve_jax.server.served import Served
+from fastserve_jax.server.state import ServerState
 from fastserve_jax.server.streaming import stream_job
 
 

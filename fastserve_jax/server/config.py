@@ -23,4 +23,5 @@ class ServerConfig:
     stored_responses: int = 1024
     stored_bytes: int = 64 << 20
     stored_ttl_s: float = 3600.0
+    loading: bool = False  # /models/load and /models/unload work, for all who may ask anything
     access_log: bool = False  # one line per request: ids, sizes and times, never text

@@ -28,7 +28,7 @@ from fastserve_jax.api.usage import usage
 from fastserve_jax.encoding import Numbers, Text
 from fastserve_jax.errors import InvalidRequest
 from fastserve_jax.server.exchange import STATE, json_answer, read_json
-from fastserve_jax.server.state import ServedEncoder
+from fastserve_jax.server.served import ServedEncoder
 
 MOST_TEXTS = 2048  # in one request, as OpenAI has it
 
@@ -36,16 +36,14 @@ MOST_TEXTS = 2048  # in one request, as OpenAI has it
 async def embed(request: web.Request) -> web.StreamResponse:
     asked = await read_json(request, EmbeddingRequest)
     asked.check()
-    state = request.app[STATE]
-    served = state.encoder(asked.model)
+    served = request.app[STATE].encoder(asked.model)
     if served.labels:
         raise InvalidRequest(f"{served.name} is a classifier: ask /classify", param="model")
     size = asked.dimensions or served.size
     if size > served.size:
         raise InvalidRequest(f"{served.name} has {served.size} dimensions", param="dimensions")
     texts = _texts(served, inputs(asked.input, MOST_TEXTS))
-    with state.work():
-        vectors = await served.encodings.numbers(texts)
+    vectors = await served.encodings.numbers(texts)
     as_base64 = asked.encoding_format == "base64"
     shown = [_shortened(vector, size) for vector in vectors]
     data = [Embedding(i, encoded(vector, as_base64)) for i, vector in enumerate(shown)]
@@ -54,13 +52,11 @@ async def embed(request: web.Request) -> web.StreamResponse:
 
 async def classify(request: web.Request) -> web.StreamResponse:
     asked = await read_json(request, ClassifyRequest)
-    state = request.app[STATE]
-    served = state.encoder(asked.model)
+    served = request.app[STATE].encoder(asked.model)
     if not served.labels:
         raise InvalidRequest(f"{served.name} was taught no labels", param="model")
     texts = _texts(served, inputs(asked.input, MOST_TEXTS))
-    with state.work():
-        logits = await served.encodings.numbers(texts)
+    logits = await served.encodings.numbers(texts)
     data = []
     for index, row in enumerate(logits):
         shares = _shares(row)
@@ -74,8 +70,7 @@ async def classify(request: web.Request) -> web.StreamResponse:
 async def score(request: web.Request) -> web.StreamResponse:
     """Of two texts how much alike they are: the cosine of their vectors."""
     asked = await read_json(request, ScoreRequest)
-    state = request.app[STATE]
-    served = state.encoder(asked.model)
+    served = request.app[STATE].encoder(asked.model)
     if served.labels:
         raise InvalidRequest(f"{served.name} is a classifier: ask /classify", param="model")
     pairs = asked.pairs()
@@ -83,8 +78,7 @@ async def score(request: web.Request) -> web.StreamResponse:
         raise InvalidRequest(f"at most {MOST_TEXTS} pairs in one request", param="text_1")
     told = list(dict.fromkeys(text for pair in pairs for text in pair))
     texts = _texts(served, told)
-    with state.work():
-        vectors = dict(zip(told, await served.encodings.numbers(texts), strict=True))
+    vectors = dict(zip(told, await served.encodings.numbers(texts), strict=True))
     data = [Score(i, _cosine(vectors[a], vectors[b])) for i, (a, b) in enumerate(pairs)]
     return json_answer(
         ScoreAnswer(_id("score"), _now(), served.name, data, usage(_count(texts), 0, 0))

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from fastserve_jax.core.types import Event, Request, StartEvent
-from fastserve_jax.server.state import Generator
+from fastserve_jax.server.served import Generator
 
 QUEUED_EVENTS = 256  # of all choices of one answer, before the engine's own queues fill
 

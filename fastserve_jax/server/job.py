@@ -33,7 +33,8 @@ from fastserve_jax.core.types import Event, Request
 from fastserve_jax.errors import InvalidRequest
 from fastserve_jax.server.choice import Choice
 from fastserve_jax.server.generate import Events, generate
-from fastserve_jax.server.state import Served, ServerState, bounds
+from fastserve_jax.server.served import Served, bounds
+from fastserve_jax.server.state import ServerState
 
 LONG_TEXT_CHARS = 16_384  # longer texts are encoded in a thread, so that streams go on
 CHARS_PER_TOKEN = 6  # more than a tokenizer makes of prose: where a text is judged by its head
@@ -169,7 +170,7 @@ def build(
 
     Raises InvalidRequest naming the field.
     """
-    limits = bounds(state, served)
+    limits = bounds(served, state.config.max_choices)
     n = int_within("n", fields.n, 1, limits.max_choices, 1)
     if n * len(prompts) > limits.max_choices:
         raise InvalidRequest(
@@ -205,7 +206,7 @@ def build(
             requests.append(
                 Request(request_id, tokens, seeded, priority, deadline, salt, client, session)
             )
-            meter = state.metrics.request(len(prompt))
+            meter = state.metrics.of(served.name).request(len(prompt))
             records = logprobs is not None
             choices.append(Choice(served.tokenizer, rules, meter, records=records))
     return Job(served, prompts, n, requests, choices)

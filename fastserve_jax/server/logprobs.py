@@ -9,7 +9,7 @@ from fastserve_jax.api.completions import CompletionLogprobs, PromptLogprob, Pro
 from fastserve_jax.api.responses import OutputLogprob
 from fastserve_jax.core.types import Scored, TopLogprobs
 from fastserve_jax.server.choice import TokenRecord
-from fastserve_jax.server.state import Tokenizer
+from fastserve_jax.server.served import Tokenizer
 
 FLOOR = -9999.0  # JSON has no -inf; OpenAI writes this for it
 

@@ -1,4 +1,4 @@
-"""The small routes: health, ready, metrics, version, models, and the tokenizer's."""
+"""The small routes: health, ready, metrics, version, and the tokenizer's."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from fastserve_jax.api.models import (
     DetokenizeAnswer,
     DetokenizeRequest,
     Health,
-    ModelCard,
-    ModelList,
     TokenizeAnswer,
     TokenizeRequest,
     TokenizerInfo,
@@ -23,7 +21,7 @@ from fastserve_jax.errors import EngineFailed, InvalidRequest, Overloaded
 from fastserve_jax.metrics import CONTENT_TYPE
 from fastserve_jax.server.exchange import STATE, json_answer, read_json
 from fastserve_jax.server.job import encode_chat, encode_text
-from fastserve_jax.server.state import Phase, Served, ServedEncoder
+from fastserve_jax.server.state import Phase
 
 
 async def health(request: web.Request) -> web.StreamResponse:
@@ -50,18 +48,6 @@ async def metrics(request: web.Request) -> web.StreamResponse:
 
 async def version_(request: web.Request) -> web.StreamResponse:
     return json_answer(Version(version("fastserve-jax")))
-
-
-def _card(served: Served | ServedEncoder) -> ModelCard:
-    return ModelCard(served.name, served.created, max_model_len=served.context)
-
-
-async def models(request: web.Request) -> web.StreamResponse:
-    return json_answer(ModelList([_card(request.app[STATE].anything)]))
-
-
-async def model(request: web.Request) -> web.StreamResponse:
-    return json_answer(_card(request.app[STATE].named(request.match_info["id"])))
 
 
 async def tokenize(request: web.Request) -> web.StreamResponse:
@@ -91,7 +77,7 @@ async def detokenize(request: web.Request) -> web.StreamResponse:
 
 
 async def tokenizer_info(request: web.Request) -> web.StreamResponse:
-    served = request.app[STATE].served
+    served = request.app[STATE].model(None)
     tokenizer = served.tokenizer
     return json_answer(
         TokenizerInfo(

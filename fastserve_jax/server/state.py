@@ -1,118 +1,46 @@
-"""What every handler shares: the model once it is loaded, the phase, and the work in flight.
-
-Says what the server needs of an engine and a tokenizer; knows no route.
+"""What every handler shares: the models by name, the phase, and the work in flight. Knows no
+route, and not how a model comes to be served.
 """
 
 from __future__ import annotations
 
 import asyncio
 import enum
-import hashlib
-import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Protocol
 
-from fastserve_jax.api.chat import ChatTurn
-from fastserve_jax.api.sampling import Defaults, ModelBounds
-from fastserve_jax.core.types import Event, Request
-from fastserve_jax.encoding import Encodings
 from fastserve_jax.errors import EngineFailed, InvalidRequest, ModelNotFound, Overloaded
 from fastserve_jax.metrics import Metrics
 from fastserve_jax.server.config import ServerConfig
+from fastserve_jax.server.served import Entry, Served, ServedEncoder
 from fastserve_jax.server.slow_readers import SlowReaders
 from fastserve_jax.server.store import ResponseStore
-
-
-class Generator(Protocol):
-    """The engine, as the server uses it."""
-
-    @property
-    def failure(self) -> BaseException | None: ...
-    def new_id(self) -> int: ...
-    def time(self) -> float: ...
-    def stream(self, request: Request, /) -> AbstractAsyncContextManager[AsyncIterator[Event]]: ...
-
-
-class TokenStream(Protocol):
-    def push(self, token: int, /) -> str: ...
-    def flush(self) -> str: ...
-
-
-class Tokenizer(Protocol):
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def eos_ids(self) -> frozenset[int]: ...
-    @property
-    def chat_template(self) -> str | None: ...
-    @property
-    def named_tokens(self) -> Mapping[str, str]: ...
-    def encode(self, text: str, add_special: bool = True, /) -> list[int]: ...
-    def decode(self, ids: Iterable[int], skip_special: bool = True, /) -> str: ...
-    def token_text(self, token: int, /) -> str: ...
-    def token_bytes(self, token: int, /) -> bytes: ...
-    def stream(self, skip_special: bool = True, *, at_start: bool = False) -> TokenStream: ...
-
-
-class ChatTemplate(Protocol):
-    def encode(
-        self,
-        messages: Sequence[ChatTurn],
-        *,
-        tools: Sequence[dict[str, object]] | None = None,
-        add_generation_prompt: bool = True,
-    ) -> list[int]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A loaded model with its engine."""
-
-    name: str  # what clients put in `model`
-    engine: Generator
-    tokenizer: Tokenizer
-    context: int  # tokens, prompt and output together
-    template: ChatTemplate | None = None
-    defaults: Defaults = field(default_factory=Defaults)
-    created: int = field(default_factory=lambda: int(time.time()))  # unix seconds
-
-    @property
-    def fingerprint(self) -> str:
-        digest = hashlib.blake2s(f"{self.name}:{self.created}".encode(), digest_size=5)
-        return f"fs_{digest.hexdigest()}"
-
-
-class Words(Protocol):
-    """How an encoder reads texts."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    def encode_pair(self, text: str, pair: str | None = None) -> tuple[list[int], list[int]]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ServedEncoder:
-    """A loaded encoder with its loop. With `labels` it is a classifier, and has no vectors."""
-
-    name: str
-    encodings: Encodings
-    words: Words
-    context: int  # tokens of one text
-    size: int  # of a vector
-    labels: tuple[str, ...] = ()
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def engine(self) -> Encodings:
-        return self.encodings
 
 
 class Phase(enum.Enum):
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
+
+
+class Roster(Protocol):
+    """Brings models in and lets them go while others are served."""
+
+    async def load(self, reference: str, name: str | None) -> Entry: ...
+    async def unload(self, name: str) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Work:
+    """Something accepted, and the model that it asks, once that is known."""
+
+    served: Entry | None = None
+
+
+_WORK: ContextVar[_Work | None] = ContextVar("work", default=None)  # that this task is at
 
 
 class ServerState:
@@ -122,54 +50,59 @@ class ServerState:
         self.config = config
         self.metrics = metrics
         self.phase = Phase.LOADING
+        self.roster: Roster | None = None  # None: what is served stays
         self.slow_readers = SlowReaders(config.send_timeout_s)
         metrics.observe(lambda: {"slow_readers_dropped_total": self.slow_readers.dropped})
         self.responses = ResponseStore(
             config.stored_responses, config.stored_bytes, config.stored_ttl_s
         )
         self.draining = asyncio.Event()
-        self.sockets = 0
-        self.in_flight = 0
-        self._served: Served | ServedEncoder | None = None
+        self._models: dict[str, Entry] = {}  # the first is meant where none is named
+        self._works: set[_Work] = set()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._ended = asyncio.Event()  # some work has
 
-    def ready(self, served: Served | ServedEncoder) -> None:
-        """The model is loaded and warm: work is taken from now on."""
-        self._served = served
-        if self.phase is Phase.LOADING:
-            self.phase = Phase.READY
+    # Models
+
+    def put(self, served: Entry) -> None:
+        """From now on it has the requests that say its name."""
+        self._models[served.name] = served
+
+    def drop(self, served: Entry) -> None:
+        """It has no new requests. Nothing where another has taken its place."""
+        if self._models.get(served.name) is served:
+            del self._models[served.name]
+
+    async def left(self, served: Entry) -> None:
+        """Return when no request is at it; there will be no new ones once it was dropped."""
+        while any(work.served is served for work in self._works):
+            self._ended.clear()
+            await self._ended.wait()
 
     @property
-    def failed(self) -> bool:
-        """The engine is gone for good."""
-        return self._served is not None and self._served.engine.failure is not None
-
-    def drain(self) -> None:
-        """Take no new work; what was accepted goes on."""
-        self.phase = Phase.DRAINING
-        self.draining.set()
-
-    async def idle(self) -> None:
-        await self._idle.wait()
-
-    @property
-    def anything(self) -> Served | ServedEncoder:
+    def models(self) -> list[Entry]:
         """Raises Overloaded while loading or draining, EngineFailed when failed."""
         if self.failed:
             raise EngineFailed("the engine has stopped; the server must be restarted")
         if self.phase is Phase.DRAINING:
             raise Overloaded("the server is shutting down", retry_after_s=5)
-        if self._served is None:
+        if self.phase is Phase.LOADING:
             raise Overloaded("the model is still loading", retry_after_s=5)
-        return self._served
+        return self.entries
 
     @property
-    def served(self) -> Served:
-        """What `anything` raises, and InvalidRequest of an encoder."""
-        return self.model(None)
+    def entries(self) -> list[Entry]:
+        """All of them, whatever the phase."""
+        return list(self._models.values())
+
+    @property
+    def failed(self) -> bool:
+        """An engine is gone for good."""
+        return any(served.engine.failure is not None for served in self._models.values())
 
     def model(self, name: str | None) -> Served:
+        """Raises what `named` does, and InvalidRequest of an encoder."""
         served = self.named(name)
         if isinstance(served, ServedEncoder):
             raise InvalidRequest(
@@ -188,32 +121,52 @@ class ServerState:
             )
         return served
 
-    def named(self, name: str | None) -> Served | ServedEncoder:
-        served = self.anything
-        if name is not None and name != served.name:
-            raise ModelNotFound(
-                f"model {name[:100]!r} is not served here; ask for {served.name!r}", param="model"
-            )
-        return served
+    def named(self, name: str | None) -> Entry:
+        """The work that this task is at counts as the model's. Raises what `models` does, and
+        ModelNotFound."""
+        models = self.models
+        found = models[:1] if name is None else [own for own in models if own.name == name]
+        if not found:
+            there = ", ".join(repr(own.name) for own in models) or "a model to be loaded"
+            asked = "no model" if name is None else f"model {name[:100]!r}"
+            raise ModelNotFound(f"{asked} is not served here; ask for {there}", param="model")
+        if (work := _WORK.get()) is not None:
+            work.served = found[0]
+        return found[0]
+
+    # Phases and work
+
+    def ready(self) -> None:
+        """What is to be served from the start is loaded and warm: work is taken from now on."""
+        if self.phase is Phase.LOADING:
+            self.phase = Phase.READY
+
+    def drain(self) -> None:
+        """Take no new work; what was accepted goes on."""
+        self.phase = Phase.DRAINING
+        self.draining.set()
+
+    async def idle(self) -> None:
+        await self._idle.wait()
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._works)
 
     @contextmanager
     def work(self) -> Iterator[None]:
-        """Counts as accepted work: a drain waits for it."""
-        self.in_flight += 1
+        """Counts as accepted work, of this task: a drain waits for it, and so does whoever lets the
+        model go that it asks."""
+        work = _Work()
+        self._works.add(work)
         self._idle.clear()
+        outer = _WORK.set(work)
         try:
             yield
         finally:
-            self.in_flight -= 1
-            if self.in_flight == 0:
+            _WORK.reset(outer)
+            work.served = None  # timers may remember the work, and with it a model, for long
+            self._works.discard(work)
+            self._ended.set()
+            if not self._works:
                 self._idle.set()
-
-
-def bounds(state: ServerState, served: Served) -> ModelBounds:
-    return ModelBounds(
-        vocab_size=served.tokenizer.vocab_size,
-        context=served.context,
-        eos_ids=frozenset(served.tokenizer.eos_ids),
-        max_choices=state.config.max_choices,
-        defaults=served.defaults,
-    )

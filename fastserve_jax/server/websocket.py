@@ -40,7 +40,7 @@ async def connect(request: web.Request) -> web.StreamResponse:
         fault.status = 426
         raise fault
     _same_origin(request)
-    state.served  # noqa: B018  (raises while no work is taken)
+    state.models  # noqa: B018  (raises while no work is taken)
     if state.metrics.sockets_open >= state.config.max_sockets:
         raise Overloaded(f"all {state.config.max_sockets} WebSocket connections are in use")
     socket = web.WebSocketResponse(

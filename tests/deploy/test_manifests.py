@@ -14,7 +14,7 @@ from fastserve_jax.cli import app
 from fastserve_jax.config import load_settings
 from fastserve_jax.group.leader import START_S
 from fastserve_jax.group.membership import membership
-from fastserve_jax.metrics import Metrics
+from fastserve_jax.meters import ModelMetrics
 from fastserve_jax.server.config import ServerConfig
 
 ROOT = Path(__file__).parents[2]
@@ -165,7 +165,7 @@ def test_labels_lead_from_one_to_the_other(name):
 def test_the_numbers_that_a_picker_reads_are_there():
     text = (DEPLOY / "inference-pool.yaml").read_text()
     named = set(re.findall(r"fastserve:(\w+)", text))
-    source = Path(Metrics.__module__.replace(".", os.sep) + ".py")
+    source = Path(ModelMetrics.__module__.replace(".", os.sep) + ".py")
     assert len(named) == 3
     assert all(name in (ROOT / source).read_text() for name in named)
 

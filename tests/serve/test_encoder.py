@@ -1,56 +1,29 @@
 """An encoder as people serve it: OpenAI's client, numpy's numbers, labels, and errors."""
 
-import asyncio
 import contextlib
-import time
 
 import aiohttp
 import numpy as np
 import openai
 import pytest
 
-from fastserve_jax.config import load_settings
 from fastserve_jax.models.encoder import EncoderConfig
-from fastserve_jax.serve_encoder import serve_encoder
-from fastserve_jax.server import lifecycle
 from fastserve_jax.text.wordpiece import load_wordpiece
-from fastserve_jax.weights.encoder import open_encoder
 from fastserve_jax.weights.load import find_encoder
 from fastserve_jax.weights.orbax import write_model
 from tests.lifecycle.words import write_words
 from tests.models.test_encoder import SMALL, drawn, folder_of, oracle
 
+from .inside import running
+
 TEXTS = ["the cat sat", "a dog", "the cat sat on the mat and the dog did not"]
 
 
 @contextlib.asynccontextmanager
-async def served(folder, tmp_path, monkeypatch):
-    """Its URL, once it is ready."""
-    found = asyncio.get_running_loop().create_future()
-    stop = asyncio.Event()
-    real = lifecycle.serve
-
-    async def serve(state, on_listening, _):
-        def heard(url):
-            on_listening(url)
-            found.set_result(url)
-
-        return await real(state, heard, stop)
-
-    monkeypatch.setattr("fastserve_jax.serve_encoder.serve", serve)
-    files = open_encoder(folder, "small")
-    settings = load_settings(None, ["server.port=0"])
-    task = asyncio.create_task(serve_encoder(files, settings, tmp_path, time.perf_counter()))
-    await asyncio.wait({found, task}, return_when=asyncio.FIRST_COMPLETED)
-    async with aiohttp.ClientSession(found.result()) as session:
-        until = time.monotonic() + 120
-        while (await session.get("/ready")).status != 200:
-            assert time.monotonic() < until
-            assert not task.done()
-            await asyncio.sleep(0.05)
-        yield session, found.result()
-    stop.set()
-    assert await task == 0
+async def served(folder, cache):
+    """A session, and its URL."""
+    async with running(cache, folder) as url, aiohttp.ClientSession(url) as session:
+        yield session, url
 
 
 @pytest.fixture
@@ -60,11 +33,11 @@ def folder(tmp_path):
     return made
 
 
-async def test_vectors(folder, tmp_path, monkeypatch):
+async def test_vectors(folder, tmp_path):
     words = load_wordpiece(folder)
     ids = [words.encode(text) for text in TEXTS]
     wanted = [oracle(SMALL, drawn(SMALL), own) for own in ids]
-    async with served(folder, tmp_path, monkeypatch) as (session, url):
+    async with served(folder, tmp_path) as (session, url):
         client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
         async with client:  # asks for base64 by itself
             answer = await client.embeddings.create(model="small", input=TEXTS)
@@ -105,7 +78,7 @@ async def refused(session):
             assert said in (await answer.json())["error"]["message"]
 
 
-async def test_labels(folder, tmp_path, monkeypatch):
+async def test_labels(folder, tmp_path):
     config = EncoderConfig(100, 32, 2, 4, 64, 24, 1e-12, labels=("bad", "fine", "good"))
     arrays = drawn(config, seed=3)
     own = tmp_path / "labels"
@@ -116,7 +89,7 @@ async def test_labels(folder, tmp_path, monkeypatch):
     pooled = [oracle(unnormed, arrays, load_wordpiece(own).encode(text)) for text in TEXTS]
     logits = np.array(pooled) @ arrays["classifier.weight"].T + arrays["classifier.bias"]
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    async with served(own, tmp_path, monkeypatch) as (session, _):
+    async with served(own, tmp_path) as (session, _):
         async with session.post("/classify", json={"input": TEXTS}) as answer:
             found = (await answer.json())["data"]
         np.testing.assert_allclose([one["probs"] for one in found], shares, atol=1e-4)

@@ -20,7 +20,8 @@ from fastserve_jax.engine import Engine
 from fastserve_jax.metrics import Metrics
 from fastserve_jax.server.config import ServerConfig
 from fastserve_jax.server.lifecycle import listening
-from fastserve_jax.server.state import Served, ServerState
+from fastserve_jax.server.served import Served
+from fastserve_jax.server.state import ServerState
 
 from ..fakes import VOCAB, FakeDevice, FakeRunner, alone
 
@@ -146,16 +147,15 @@ async def kit(
     scheduler = Scheduler(limits, make_policy(policy, limits, cost), cost)
     headers = {"Authorization": f"Bearer {config.api_keys[0]}"} if config.api_keys else {}
     async with (
-        Engine(scheduler, runner, on_step=metrics.step) as engine,
+        Engine(scheduler, runner, on_step=metrics.of(MODEL).step) as engine,
         listening(state) as url,
         aiohttp.ClientSession(headers=headers) as session,
     ):
-        metrics.watch_engine(engine.stats, limits.page_size)
         if ready:
-            state.ready(
-                Served(MODEL, engine, tokenizer, limits.max_context, FakeTemplate(tokenizer))
-            )
-        yield Kit(url, state, engine, device, session)
+            state.put(Served(MODEL, engine, tokenizer, limits.max_context, FakeTemplate(tokenizer)))
+            state.ready()
+        with metrics.of(MODEL).watching(engine.stats, limits.page_size):
+            yield Kit(url, state, engine, device, session)
 
 
 def token_ids(text: str) -> list[int]:

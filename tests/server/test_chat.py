@@ -123,6 +123,6 @@ async def test_a_model_without_a_template_says_so():
     async with kit() as server:
         from dataclasses import replace
 
-        server.state._served = replace(server.state.served, template=None)
+        server.state.put(replace(server.state.model(None), template=None))
         answer = await server.json("/v1/chat/completions", body(), status=400)
     assert answer["error"]["code"] == "no_chat_template"

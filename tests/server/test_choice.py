@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from fastserve_jax.api.sampling import TextRules
 from fastserve_jax.core.types import DoneEvent, Finish, TokenEvent
 from fastserve_jax.errors import DeadlineExceeded, EngineFailed, Overloaded
-from fastserve_jax.metrics import Metrics
+from fastserve_jax.meters import ModelMetrics
 from fastserve_jax.server.choice import Choice
 
 from .kit import EOS, PIECES, LetterTokenizer
@@ -16,7 +16,7 @@ TOKENIZER = LetterTokenizer()
 
 
 def make(rules: TextRules = TextRules(), records: bool = True) -> Choice:  # noqa: B008
-    return Choice(TOKENIZER, rules, Metrics("m").request(1), records=records)
+    return Choice(TOKENIZER, rules, ModelMetrics("m").request(1), records=records)
 
 
 def feed(choice: Choice, tokens: list[int], reason: Finish = Finish.LENGTH) -> str:

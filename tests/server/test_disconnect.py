@@ -43,7 +43,7 @@ async def test_a_client_that_leaves_frees_its_request_at_once(fields):
         assert server.engine.stats().steps - steps <= 5
         await server.quiet()
         await until(lambda: server.state.in_flight == 0)
-        assert server.state.metrics.finished["abort"] == fields.get("n", 1)
+        assert server.state.metrics.of(MODEL).finished["abort"] == fields.get("n", 1)
 
 
 async def test_a_client_that_leaves_the_queue_frees_its_place():

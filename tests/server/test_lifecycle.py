@@ -85,7 +85,8 @@ async def test_draining_has_an_end():
 async def test_a_signal_drains_and_closes(kind):
     async with kit(delay_s=0.01) as server:
         state = ServerState(ServerConfig(port=0), Metrics(MODEL))
-        state.ready(server.state.served)
+        state.put(server.state.model(None))
+        state.ready()
         urls: list[str] = []
         serving = asyncio.create_task(serve(state, urls.append))
         await until(lambda: bool(urls))
@@ -106,7 +107,8 @@ async def test_stopping_cuts_what_does_not_end():
     config = ServerConfig(port=0, drain_timeout_s=0.05)
     async with kit(delay_s=0.02) as server:
         state = ServerState(config, Metrics(MODEL))
-        state.ready(server.state.served)
+        state.put(server.state.model(None))
+        state.ready()
         async with listening(state) as url, aiohttp.ClientSession() as session:
             body = {**ASKED, "max_tokens": 400, "stream": True}
             answer = await session.post(url + "/v1/completions", json=body)

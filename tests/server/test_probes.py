@@ -5,7 +5,8 @@ import asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 from fastserve_jax.core.sequence import Limits
-from fastserve_jax.metrics import HISTOGRAMS, Histogram, Metrics
+from fastserve_jax.meters import HISTOGRAMS, Histogram
+from fastserve_jax.metrics import Metrics
 
 from . import openai_schema
 from .kit import MODEL, LetterTokenizer, kit, token_ids
@@ -16,6 +17,7 @@ PROMISED = {
     *("prefix_cache_queries", "prefix_cache_hits", "admission_rejections"),
     *("spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"),
     *("websocket_connections_active", "websocket_connections", "slow_readers_dropped"),
+    "websocket_connection_duration_seconds",
     *HISTOGRAMS,
 }
 
@@ -76,7 +78,8 @@ def test_a_histogram_counts_each_value_once_where_it_belongs():
 
 def test_two_registries_do_not_know_each_other():
     one, two = Metrics("one"), Metrics("two")
-    one.request(5).token()
+    two.of("two")
+    one.of("one").request(5).token()
     assert b'fastserve:generation_tokens_total{model_name="two"} 0' in two.render()
     assert b'fastserve:generation_tokens_total{model_name="one"} 1' in one.render()
 

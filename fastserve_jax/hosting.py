@@ -1,0 +1,143 @@
+"""One model that is served: loaded in a thread beside everything else, its engine or loop running,
+and all of it given back at the end. Knows no other model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastserve_jax.assemble import Loaded, load
+from fastserve_jax.config import Settings
+from fastserve_jax.encoding import Encodings
+from fastserve_jax.engine import Engine
+from fastserve_jax.errors import ConfigError
+from fastserve_jax.follow import all_or_none
+from fastserve_jax.group.leader import Leader
+from fastserve_jax.hosting_encoder import LoadedEncoder, load_encoder
+from fastserve_jax.metrics import Metrics
+from fastserve_jax.runtime.compile import CompileCounter
+from fastserve_jax.server.served import Entry, Served, ServedEncoder
+from fastserve_jax.terminal import Bars
+from fastserve_jax.weights.load import find_encoder
+from fastserve_jax.weights.registry import REGISTRY, Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Hosting:
+    """What every model is loaded with."""
+
+    settings: Settings
+    cache_dir: Path
+    metrics: Metrics
+    counter: CompileCounter
+    leader: Leader | None = None
+
+    @asynccontextmanager
+    async def host(self, reference: str, name: str | None = None) -> AsyncIterator[Entry]:
+        """Of any kind, for clients to call `name`; None takes its own. Entering takes as long as
+        loading does. Raises OperatorErrors."""
+        began = time.perf_counter()
+        with self.counter.paused(), Bars() as bars:
+            loaded = await in_thread(lambda: self._load(reference, bars))
+        name = name or self._own_name(reference, loaded.name)
+        opened: AbstractAsyncContextManager[Entry]
+        if isinstance(loaded, Loaded):
+            opened = self._decoder(loaded, name, began)
+        else:
+            opened = self._encoder(loaded, name, began)
+        async with opened as served:
+            yield served
+
+    def _load(self, reference: str, bars: Bars) -> Loaded | LoadedEncoder:
+        files = find_encoder(reference, self.cache_dir, bars.pull)
+        if files is not None:
+            if self.leader is not None:
+                raise ConfigError(f"{files.name} is an encoder: it is served by one host")
+            return load_encoder(files, self.settings, self.cache_dir)
+        with all_or_none() if self.leader is not None else nullcontext():
+            return load(reference, self.settings, self.cache_dir, bars, self.leader)
+
+    def _own_name(self, reference: str, name: str) -> str:
+        """Of a version that of all its versions: clients need not know which one it is."""
+        version = Registry(self.cache_dir / REGISTRY).find(reference)
+        return name if version is None else version.name
+
+    @asynccontextmanager
+    async def _decoder(self, loaded: Loaded, name: str, began: float) -> AsyncIterator[Served]:
+        metrics = self.metrics.of(name)
+        numbers = {
+            "compiled_programs": loaded.programs,
+            "compile_seconds": loaded.compile_s,
+            "startup_seconds": time.perf_counter() - began,
+        }
+        metrics.observe(lambda: numbers)
+        with loaded.runner:
+            async with loaded.engine(metrics.step) as engine:
+                with metrics.watching(engine.stats, loaded.limits.page_size):
+                    yield _served(loaded, engine, name)
+
+    @asynccontextmanager
+    async def _encoder(
+        self, loaded: LoadedEncoder, name: str, began: float
+    ) -> AsyncIterator[ServedEncoder]:
+        startup_s = time.perf_counter() - began
+        async with loaded.encodings as loop:
+            self.metrics.of(name).observe(lambda: _numbers(loop, startup_s))
+            config = loaded.config
+            shape = (config.max_context, config.hidden_size, config.labels)
+            yield ServedEncoder(name, loop, loaded.words, *shape, root=loaded.name)
+
+
+def _served(loaded: Loaded, engine: Engine, name: str) -> Served:
+    return Served(
+        name=name,
+        engine=engine,
+        tokenizer=loaded.tokenizer,
+        context=min(loaded.limits.max_context, loaded.limits.page_size * loaded.limits.num_pages),
+        template=loaded.template,
+        defaults=loaded.defaults,
+        root=loaded.name,
+    )
+
+
+def _numbers(loop: Encodings, startup_s: float) -> dict[str, float]:
+    return {
+        "startup_seconds": startup_s,
+        "encoder_steps_total": loop.steps,
+        "encoder_texts_total": loop.texts,
+        "encoder_tokens_total": loop.tokens,
+        "encoder_texts_waiting": loop.waiting,
+    }
+
+
+def in_thread[T](work: Callable[[], T]) -> asyncio.Future[T]:
+    """Like asyncio.to_thread, but a process that ends does not wait for it."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        try:
+            outcome, error = work(), None
+        except BaseException as caught:
+            outcome, error = None, caught
+        try:
+            loop.call_soon_threadsafe(settle, outcome, error)
+        except RuntimeError:
+            return  # the loop is closed: nobody waits
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return future
