@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +17,7 @@ import jax
 from jax.typing import DTypeLike
 
 from .core.types import Adapter
-from .errors import InvalidRequest, ModelNotFound
+from .errors import InvalidRequest, ModelFileError, ModelNotFound
 from .models.adapters import AdapterRoom
 from .models.config import ModelConfig
 from .weights.adapter import find_adapter
@@ -31,8 +33,16 @@ class Engine(Protocol):
     def drop_adapter(self, adapter: Adapter, /) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    adapter: Adapter
+    reference: str
+    created: int = field(default_factory=lambda: int(time.time()))  # unix seconds
+
+
 class LoadedAdapters:
-    """Of one engine; every method runs on its loop."""
+    """Of one engine; every method runs on its loop. `wanted` has references by name: what is to be
+    loaded, and kept true for whatever takes the engine's place."""
 
     def __init__(
         self,
@@ -41,19 +51,26 @@ class LoadedAdapters:
         room: AdapterRoom,
         dtype: DTypeLike,
         cache_dir: Path,
+        wanted: dict[str, str],
     ) -> None:
         self._engine, self._config, self._room = engine, config, room
         self._dtype, self._cache_dir = dtype, cache_dir
-        self._loaded: dict[str, Adapter] = {}
+        self._wanted = wanted
+        self.loaded: dict[str, Loaded] = {}
         self._serials = itertools.count(1)
         self._one_at_a_time = asyncio.Lock()
 
-    async def load(self, name: str, reference: str) -> Adapter:
+    async def load_wanted(self) -> None:
+        """Raises as `load` does."""
+        for name, reference in list(self._wanted.items()):
+            await self.load(name, reference)
+
+    async def load(self, name: str, reference: str) -> None:
         """A folder in PEFT's format, or a registered adapter. Raises InvalidRequest where the name
-        is taken or no place is free, ModelFileError and ConfigError for what cannot be served; and
-        has then changed nothing."""
+        is taken or no place is free, ModelNotFound where there is no such thing, ModelFileError
+        and ConfigError for what cannot be served; and has then changed nothing."""
         async with self._one_at_a_time:
-            if name in self._loaded:
+            if name in self.loaded:
                 raise InvalidRequest(
                     f"The lora adapter '{name}' has already been loaded.", param="lora_name"
                 )
@@ -61,20 +78,21 @@ class LoadedAdapters:
             arrays = await asyncio.to_thread(self._read, reference)
             adapter = Adapter(self._free_index(), next(self._serials))
             self._engine.add_adapter(adapter, arrays)
-            self._loaded[name] = adapter
-            return adapter
+            self.loaded[name] = Loaded(adapter, reference)
+            self._wanted[name] = reference
 
     def unload(self, name: str) -> None:
         """Raises ModelNotFound."""
-        if name not in self._loaded:
+        if name not in self.loaded:
             raise ModelNotFound(f"The lora adapter '{name}' cannot be found.", param="lora_name")
-        self._engine.drop_adapter(self._loaded.pop(name))
+        self._engine.drop_adapter(self.loaded.pop(name).adapter)
+        self._wanted.pop(name, None)
 
     def _free_index(self) -> int:
         places, used = range(1, self._room.count + 1), self._engine.adapters_in_use
         free = next((index for index in places if index not in used), None)
         if free is None:
-            busy = self._room.count - len(self._loaded)
+            busy = self._room.count - len(self.loaded)
             ending = f", {busy} of which requests still go on with" if busy else ""
             raise InvalidRequest(
                 f"there is room for {self._room.count} adapters{ending}: unload one, or start the "
@@ -85,5 +103,8 @@ class LoadedAdapters:
 
     def _read(self, reference: str) -> Any:
         """On the device, so that nobody's step waits for the copy."""
-        folder = find_adapter(reference, self._cache_dir)
+        try:
+            folder = find_adapter(reference, self._cache_dir)
+        except ModelFileError as error:
+            raise ModelNotFound(error.message, param="lora_path") from error
         return jax.device_put(read_adapter(folder, self._config, self._room.rank, self._dtype))

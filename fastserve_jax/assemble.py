@@ -120,10 +120,14 @@ class Loaded:
         scheduler = scheduler or self.scheduler()
         return Engine(scheduler, self.runner, overlap=overlap, on_step=on_step)
 
-    def adapters(self, engine: Engine, cache_dir: Path) -> LoadedAdapters:
-        """None is loaded yet."""
+    def adapters(
+        self, engine: Engine, cache_dir: Path, wanted: dict[str, str]
+    ) -> LoadedAdapters | None:
+        """None is loaded yet. None where there is no room."""
         room = self.runner.shape.adapters
-        return LoadedAdapters(engine, self.config, room, self.dtype, cache_dir)
+        if not room.count:
+            return None
+        return LoadedAdapters(engine, self.config, room, self.dtype, cache_dir, wanted)
 
 
 class Group(Protocol):

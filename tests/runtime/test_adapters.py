@@ -168,14 +168,17 @@ async def test_loading_and_unloading_beside_running_requests(runner, tmp_path):
         meant[name] = greedy(peft.merged(arrays, added), (7, 8, 9), 40)
     peft.write(tmp_path / "large", peft.draw(CONFIG, 5, 1)[0], 5)
     _, engine = make_engine(device, None)
-    loaded = LoadedAdapters(engine, CONFIG, SHAPE.adapters, jnp.float32, tmp_path)
+    wanted = {"a": folders["a"]}
+    loaded = LoadedAdapters(engine, CONFIG, SHAPE.adapters, jnp.float32, tmp_path, wanted)
     with CompileCounter() as counter:
         async with engine:
-            a = await loaded.load("a", folders["a"])
+            await loaded.load_wanted()
+            a = loaded.loaded["a"].adapter
             going = asyncio.create_task(ask(engine, (7, 8, 9), 40, a))
             beside = asyncio.create_task(ask(engine, (7, 8, 9), 40, BASE))
             await asyncio.sleep(0.005)
-            b = await loaded.load("b", folders["b"])
+            await loaded.load("b", folders["b"])
+            b = loaded.loaded["b"].adapter
             assert not going.done(), "it was meant to be loaded beside a request"
             with pytest.raises(InvalidRequest, match="adapter 'a' has already been loaded"):
                 await loaded.load("a", folders["c"])
@@ -191,11 +194,15 @@ async def test_loading_and_unloading_beside_running_requests(runner, tmp_path):
             assert (await beside)[0] == greedy(arrays, (7, 8, 9), 40)
             with pytest.raises(ConfigError, match=r"rank 5.* lora\.max_rank=5"):
                 await loaded.load("c", str(tmp_path / "large"))
-            c = await loaded.load("c", folders["c"])
+            with pytest.raises(ModelNotFound, match="no adapter 'nowhere'"):
+                await loaded.load("c", "nowhere")
+            await loaded.load("c", folders["c"])
+            c = loaded.loaded["c"].adapter
             assert (c.index, c.serial) == (a.index, 3)
             both = await asyncio.gather(*(ask(engine, (7, 8, 9), 40, one) for one in (c, b)))
             assert [tokens for tokens, _ in both] == [meant["c"], meant["b"]]
     assert counter.compiles == 0
+    assert wanted == {"b": folders["b"], "c": folders["c"]}
 
 
 def test_rows_without_an_adapter_run_the_program_of_a_server_without_any(adapted, monkeypatch):

@@ -76,4 +76,5 @@ def write(folder, tensors, rank, **facts):
 
 def merged(arrays, added, scale=2.0):
     """The model's arrays with what an adapter adds; 2 is `write`'s alpha over its rank."""
-    return arrays | {name: arrays[name] + scale * change for name, change in added.items()}
+    changes = {name: (scale * change).astype(np.float32) for name, change in added.items()}
+    return arrays | {name: arrays[name] + change for name, change in changes.items()}
