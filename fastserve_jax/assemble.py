@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 import msgspec
+from jax.typing import DTypeLike
 
+from fastserve_jax.adapters import LoadedAdapters
 from fastserve_jax.api.sampling import Defaults
 from fastserve_jax.chips import GPU_FRACTION
 from fastserve_jax.config import Settings
@@ -30,6 +33,7 @@ from fastserve_jax.engine import Engine, StepRecord
 from fastserve_jax.fitting import Fitted, find_draft, fit
 from fastserve_jax.group.leader import START_S, Leader
 from fastserve_jax.group.membership import Membership
+from fastserve_jax.models.adapters import empty_adapters
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import State
 from fastserve_jax.reading import read
@@ -47,6 +51,7 @@ from fastserve_jax.runtime.traced import lower_kept
 from fastserve_jax.text.chat import ChatTemplate
 from fastserve_jax.text.load import load_tokenizer
 from fastserve_jax.text.tokenizer import Tokenizer
+from fastserve_jax.weights.adapter import find_adapter, read_facts
 from fastserve_jax.weights.load import ModelFiles, open_model
 
 
@@ -89,6 +94,7 @@ class Loaded:
     cost: CostModel  # of its steps, as measured here
     draft_cost: DraftCost | None = None  # of a draft model, where there is one
     replicas: int = 1
+    dtype: DTypeLike = jnp.bfloat16  # of what is not quantised
 
     def scheduler(self, policy: str | None = None) -> Scheduler | Replicas:
         """A new one, with nobody in it; `policy` None takes the setting."""
@@ -113,6 +119,15 @@ class Loaded:
             overlap = self.settings.engine.overlap
         scheduler = scheduler or self.scheduler()
         return Engine(scheduler, self.runner, overlap=overlap, on_step=on_step)
+
+    def adapters(
+        self, engine: Engine, cache_dir: Path, wanted: dict[str, str]
+    ) -> LoadedAdapters | None:
+        """None is loaded yet. None where there is no room."""
+        room = self.runner.shape.adapters
+        if not room.count:
+            return None
+        return LoadedAdapters(engine, self.config, room, self.dtype, cache_dir, wanted)
 
 
 class Group(Protocol):
@@ -152,6 +167,8 @@ def load(
     `leader` of a group, its other hosts have their parts."""
     # A bad name is found before the slow part.
     make_policy(settings.engine.policy, Limits(), CostModel())
+    for adapter in settings.lora.named().values():
+        read_facts(find_adapter(adapter, cache_dir))
 
     def text(files: ModelFiles) -> tuple[Tokenizer, ChatTemplate]:
         tokenizer = load_tokenizer(files.tokenizer_source)
@@ -177,6 +194,7 @@ def load(
         settings=settings,
         cost=cost,
         draft_cost=None if draft is None else measure_draft(runner, draft.shape),
+        dtype=fitted.precision.dtype,
         replicas=1 if fitted.division is None else fitted.division.replicas,
     )
 
@@ -218,9 +236,11 @@ def place[T](
     give_back_memory()
     mesh = None if fitted.division is None else fitted.division.mesh
     watcher = group if isinstance(group, Leader) else None
-    runner = DeviceRunner(
-        files.config, params, kv_pages, fitted.shape, programs, host_pages, drafter, mesh, watcher
-    )
+    room, adapters = fitted.adapters, None
+    if room.count:
+        adapters = empty_adapters(files.config, room, fitted.precision.dtype)
+    given = (files.config, params, kv_pages, fitted.shape, programs, host_pages, drafter, mesh)
+    runner = DeviceRunner(*given, watcher, adapters)
     if group is not None:
         group.ready()
     return Placed(fitted, runner, time.perf_counter() - began, len(programs)), made

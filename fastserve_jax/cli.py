@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import sys
 import time
@@ -55,6 +56,7 @@ CpuDevices = Annotated[
 Dtype = Annotated[
     str | None, Parameter(help="auto, bf16, int8 or f32: of weights; KV pages are bf16, or f32.")
 ]
+Adapters = Annotated[list[str] | None, Parameter(negative=())]
 
 
 @app.command
@@ -65,6 +67,7 @@ def serve(
     api_key: str | None = None,
     dtype: Dtype = None,
     draft_model: str | None = None,
+    adapter: Adapters = None,
     policy: str | None = None,
     max_context: int | None = None,
     max_slots: int | None = None,
@@ -92,6 +95,9 @@ def serve(
         Clients must send it as a bearer token; also read from FASTSERVE_API_KEY.
     draft_model
         A smaller model with the same vocabulary, which guesses what comes next where that pays.
+    adapter
+        NAME=REFERENCE: what clients ask for as NAME is the first of MODELS with a LoRA adapter: a
+        folder in PEFT's format, a registered adapter or hf:org/name. May be repeated.
     policy
         Who goes first: adaptive, mlfq (FastServe's), fcfs, srpt-predicted, mlfq-naive or
         run-to-completion. `fastserve simulate` compares them.
@@ -109,6 +115,7 @@ def serve(
             "server.port": port,
             "model.dtype": dtype,
             "model.draft": draft_model,
+            "lora.adapters": json.dumps(adapter) if adapter else None,
             "engine.policy": policy,
             "engine.max_context": max_context,
             "engine.max_slots": max_slots,

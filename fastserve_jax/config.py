@@ -53,6 +53,29 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """Adapters that are served beside the model, by names of their own."""
+
+    adapters: tuple[str, ...] = ()  # loaded at the start: "NAME=FOLDER", or NAME alone, registered
+    max_adapters: int = 0  # at once, loaded while it serves among them; 0: as many as `adapters`
+    max_rank: int = 16  # of one
+
+    @property
+    def count(self) -> int:
+        return self.max_adapters or len(self.adapters)
+
+    def named(self) -> dict[str, str]:
+        """References by name. Raises ConfigError where a name is there twice."""
+        named = {}
+        for text in self.adapters:
+            name, equals, reference = text.partition("=")
+            if not name or name in named or (equals and not reference):
+                raise ConfigError(f"adapter {text!r}: write NAME=REFERENCE, each name once")
+            named[name] = reference or name
+        return named
+
+
+@dataclass(frozen=True, slots=True)
 class MeshSettings:
     data: int = 0  # replicas; 0: what the devices leave
     expert: int = 0  # groups of a model's experts in each; 0: as many as divide them
@@ -80,6 +103,7 @@ class Settings:
     mesh: MeshSettings = field(default_factory=MeshSettings)
     kv: KVSettings = field(default_factory=KVSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     server: ServerConfig = field(default_factory=ServerConfig)
     fleet: FleetSettings = field(default_factory=FleetSettings)
 
@@ -189,7 +213,11 @@ def _check_values(settings: Settings) -> None:
         raise ConfigError(f"model.memory is {settings.model.memory}, a share is from 0 to 1")
     if settings.model.draft and engine.speculate == "off":
         raise ConfigError("model.draft is for guessing: engine.speculate is off")
+    if len(settings.lora.named()) > settings.lora.count:
+        raise ConfigError(f"lora.max_adapters is {settings.lora.count}, and there are more")
     lowest = {
+        "lora.max_adapters": (settings.lora.max_adapters, 0),
+        "lora.max_rank": (settings.lora.max_rank, 1),
         "mesh.data": (settings.mesh.data, 0),
         "mesh.expert": (settings.mesh.expert, 0),
         "mesh.model": (settings.mesh.model, 0),

@@ -14,14 +14,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from .core.cost import StepLoad
 from .core.replicas import Replicas
 from .core.scheduler import Scheduler
 from .core.stats import Stats
-from .core.types import Ask, DoneEvent, Event, Plan, Proposed, Request, StepResult
-from .errors import EngineFailed
+from .core.types import Adapter, Ask, DoneEvent, Event, Plan, Proposed, Request, StepResult
+from .errors import EngineFailed, ModelNotFound
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +34,9 @@ class Runner(Protocol):
 
     def propose(self, ask: Ask) -> Awaitable[Proposed]:
         """The same of what a draft model is asked; only where limits say that there is one."""
+
+    def adapt(self, index: int, adapter: Any, /) -> None:
+        """Put an adapter's arrays at `index` for all plans to come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +55,10 @@ class StepRecord:
 class _Stream:
     """Events of one request on the way to its one reader; bounded by the request's length."""
 
-    __slots__ = ("_events", "_failure", "_over", "_waiter")
+    __slots__ = ("_events", "_failure", "_over", "_waiter", "adapter")
 
-    def __init__(self) -> None:
+    def __init__(self, adapter: Adapter | None) -> None:
+        self.adapter = adapter
         self._events: deque[Event] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._failure: EngineFailed | None = None
@@ -118,6 +122,7 @@ class Engine:
         self._most_in_flight = 2 if overlap else 1
         self._on_step = on_step
         self._streams: dict[int, _Stream] = {}
+        self._adapters: dict[int, Adapter] = {}  # by index
         self._ids = itertools.count(1)
         self._steps: deque[_Step] = deque()
         self._asked: asyncio.Future[Proposed] | None = None
@@ -168,13 +173,17 @@ class Engine:
     async def stream(self, request: Request) -> AsyncIterator[AsyncIterator[Event]]:
         """Submit `request` and read its events, DoneEvent last.
 
-        Raises InvalidRequest, Overloaded or EngineFailed at entry, EngineFailed while reading.
+        Raises InvalidRequest (ModelNotFound of an adapter that is gone), Overloaded or EngineFailed
+        at entry, EngineFailed while reading.
         Leaving the block, by any way, ends the request and gives slot and pages back.
         """
         if not self.running:
             raise self._failed()
+        adapter = request.adapter
+        if adapter is not None and self._adapters.get(adapter.index) != adapter:
+            raise ModelNotFound("the adapter was unloaded meanwhile", param="model")
         self._scheduler.submit(request, self.time())
-        stream = self._streams[request.id] = _Stream()
+        stream = self._streams[request.id] = _Stream(adapter)
         self._idle.clear()
         self._wake.set()
         try:
@@ -183,6 +192,22 @@ class Engine:
             del self._streams[request.id]
             self._scheduler.cancel(request.id)
             self._wake.set()
+
+    @property
+    def adapters_in_use(self) -> set[int]:
+        """Indices of those that are loaded, and of those that a request still goes on with."""
+        used = (stream.adapter for stream in self._streams.values())
+        return {*self._adapters, *(adapter.index for adapter in used if adapter is not None)}
+
+    def add_adapter(self, adapter: Adapter, arrays: Any) -> None:
+        """Put it where nobody uses one; requests may name it from now on."""
+        assert adapter.index not in self.adapters_in_use, f"{adapter} would take another's place"
+        self._runner.adapt(adapter.index, arrays)
+        self._adapters[adapter.index] = adapter
+
+    def drop_adapter(self, adapter: Adapter) -> None:
+        """Requests that have it go on with it; new ones are refused."""
+        del self._adapters[adapter.index]
 
     def abandon(self, why: str) -> None:
         """Fail every stream at once: the step in flight may never end."""

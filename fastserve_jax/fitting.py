@@ -15,6 +15,7 @@ from flax import nnx
 from fastserve_jax.config import (
     MOST_CONTEXT,
     EngineSettings,
+    LoraSettings,
     ModelSettings,
     Settings,
     asked_axes,
@@ -22,6 +23,7 @@ from fastserve_jax.config import (
 from fastserve_jax.core.sequence import Limits
 from fastserve_jax.draft_model import DraftModel, open_draft, plan_draft
 from fastserve_jax.errors import ConfigError
+from fastserve_jax.models.adapters import NO_ROOM, AdapterRoom, empty_adapters
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import Decoder, State, abstract
 from fastserve_jax.models.parts import WHOLE, Parts
@@ -56,6 +58,7 @@ class Fitted:
     draft: DraftModel | None
     limits: Limits
     memory: MemoryPlan
+    adapters: AdapterRoom = NO_ROOM
 
     @property
     def parts(self) -> Parts:
@@ -72,6 +75,7 @@ class Fitted:
             num_pages=limits.num_pages,
             host_pages=limits.host_pages,
             guesses=limits.guesses,
+            adapters=self.adapters,
         )
 
     @property
@@ -85,7 +89,9 @@ def fit(files: ModelFiles, settings: Settings, draft: DraftModel | None) -> Fitt
     precision = precision_of(settings.model, files)
     parts = WHOLE if division is None else division.parts
     graph, empty = abstract(files.config, precision, parts)
-    memory = _memory(files.config, settings, precision, empty, parts, draft)
+    room = _room(settings.lora)
+    adapters = jax.eval_shape(lambda: empty_adapters(files.config, room, precision.dtype))
+    memory = _memory(files.config, settings, precision, (empty, adapters), parts, draft)
     engine = settings.engine
     limits = Limits(
         page_size=memory.page_size,
@@ -101,7 +107,16 @@ def fit(files: ModelFiles, settings: Settings, draft: DraftModel | None) -> Fitt
         drafts=0 if draft is None else draft.shape.rows,
         draft_context=0 if draft is None else draft.shape.context,
     )
-    return Fitted(files, division, precision, graph, empty, draft, limits, memory)
+    return Fitted(files, division, precision, graph, empty, draft, limits, memory, room)
+
+
+def _room(lora: LoraSettings) -> AdapterRoom:
+    if lora.count and jax.device_count() > 1:
+        raise ConfigError(
+            f"adapters are served on one device, and there are {jax.device_count()}: merge them "
+            "into the model, or let one be seen (CUDA_VISIBLE_DEVICES=0, TPU_VISIBLE_CHIPS=0)"
+        )
+    return AdapterRoom(lora.count, lora.max_rank) if lora.count else NO_ROOM
 
 
 def find_draft(
@@ -141,15 +156,16 @@ def _memory(
     config: ModelConfig,
     settings: Settings,
     precision: Precision,
-    empty: State,
+    held: object,
     parts: Parts,
     draft: DraftModel | None,
 ) -> MemoryPlan:
+    """With all parameters that are `held`, as shapes."""
     engine, device = settings.engine, jax.local_devices()[0]
     plan = plan_memory(
         replace(parts.of(config), vocab_size=config.vocab_size),  # logits are joined
         precision.dtype,
-        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(empty)),
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held)),
         page_size=settings.kv.page_size,
         num_pages=settings.kv.pages,
         max_context=_max_context(config, engine),

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastserve_jax.assemble import Loaded, load
@@ -37,6 +37,7 @@ class Hosting:
     metrics: Metrics
     counter: CompileCounter
     leader: Leader | None = None
+    _adapters: dict[str, dict[str, str]] = field(default_factory=dict)  # by model: wanted beside it
 
     @asynccontextmanager
     async def host(self, reference: str, name: str | None = None) -> AsyncIterator[Entry]:
@@ -79,8 +80,14 @@ class Hosting:
         metrics.observe(lambda: numbers)
         with loaded.runner:
             async with loaded.engine(metrics.step) as engine:
+                # Those of the settings are the first model's.
+                first = {} if self._adapters else self.settings.lora.named()
+                wanted = self._adapters.setdefault(name, first)
+                adapters = loaded.adapters(engine, self.cache_dir, wanted)
+                if adapters is not None:
+                    await adapters.load_wanted()
                 with metrics.watching(engine.stats, loaded.limits.page_size):
-                    yield _served(loaded, engine, name)
+                    yield replace(_served(loaded, engine, name), adapters=adapters)
 
     @asynccontextmanager
     async def _encoder(

@@ -22,6 +22,7 @@ FLOORS = {
     "metrics": 3,
     "api": 3,
     "simulation": 3,
+    "adapters": 4,
     "engine": 4,
     "encoding": 4,
     "client": 4,

@@ -14,7 +14,8 @@ class ModelCard(msgspec.Struct):
     created: int  # unix seconds
     object: str = "model"
     owned_by: str = "fastserve"
-    root: str | UnsetType = UNSET  # which model or version that is
+    root: str | UnsetType = UNSET  # which model or version that is, or where an adapter was read
+    parent: str | UnsetType = UNSET  # of an adapter: the model that it is beside
     max_model_len: int | UnsetType = UNSET  # tokens, prompt and output together
 
 
@@ -30,6 +31,16 @@ class Loading(msgspec.Struct, kw_only=True):
 
 class Unloading(msgspec.Struct, kw_only=True):
     model: str  # the name that clients call it by
+
+
+class AdapterLoading(msgspec.Struct, kw_only=True):
+    lora_name: str = ""  # that clients will call it by
+    lora_path: str = ""  # a folder in PEFT's format, or a registered adapter
+    base_model_name: str | None = None  # None: the first model that is served
+
+
+class AdapterUnloading(msgspec.Struct, kw_only=True):
+    lora_name: str = ""
 
 
 class Unloaded(msgspec.Struct):

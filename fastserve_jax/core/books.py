@@ -138,7 +138,9 @@ class Books:
         full, rest = divmod(seq.planned, size)
         self._offer(seq, full)
         if rest:
-            parent = seq.chain[full - 1] if full else root_digest(seq.request.cache_salt)
+            asked = seq.request
+            root = root_digest(asked.cache_salt, asked.adapter)
+            parent = seq.chain[full - 1] if full else root
             digest = tail_digest(parent, seq.tokens[full * size : seq.planned])
             self.index.offer(digest, seq.pages[full])
             seq.tail = seq.planned, digest
@@ -257,7 +259,8 @@ class Books:
     def _extend_chain(self, seq: Sequence, end: int) -> None:
         size = self.limits.page_size
         if end // size > len(seq.chain):
-            extend_chain(seq.chain, seq.tokens, size, seq.request.cache_salt, end)
+            asked = seq.request
+            extend_chain(seq.chain, seq.tokens, size, asked.cache_salt, end, asked.adapter)
 
     def check(self) -> None:
         """Raise AssertionError when the books do not balance."""

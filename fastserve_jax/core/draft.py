@@ -202,8 +202,12 @@ class Draft:
         if seq.proposal is not None:
             seq.proposal.lose()  # with the slot it had
         self._admitted.append(seq)
+        asked, adapter = seq.request, seq.request.adapter
         self._admissions.append(
-            Admission(seq.id, seq.slot, tuple(seq.tokens), seq.prompt_tokens, seq.request.sampling)
+            Admission(
+                *(seq.id, seq.slot, tuple(seq.tokens), seq.prompt_tokens, asked.sampling),
+                adapter=0 if adapter is None else adapter.index,
+            )
         )
         self._chunk(seq)
         return True

@@ -14,20 +14,30 @@ from collections.abc import Callable, Iterable, KeysView, Sequence
 from itertools import islice
 
 from .pages import PagePool
+from .types import Adapter
 
 # A page is about to lose its name and its content; whether somebody waits who will want it.
 Evicted = Callable[[int, bytes, int | None], None]
 
 
-def root_digest(salt: str) -> bytes:
-    return hashlib.sha256(salt.encode()).digest()
+def root_digest(salt: str, adapter: Adapter | None = None) -> bytes:
+    digest = hashlib.sha256(salt.encode()).digest()
+    if adapter is None:
+        return digest
+    # Begins as no text does: there is no salt that leads to an adapter's pages.
+    return hashlib.sha256(b"\xff" + struct.pack("<Q", adapter.serial) + digest).digest()
 
 
 def extend_chain(
-    chain: list[bytes], tokens: Sequence[int], page_size: int, salt: str, end: int | None = None
+    chain: list[bytes],
+    tokens: Sequence[int],
+    page_size: int,
+    salt: str,
+    end: int | None = None,
+    adapter: Adapter | None = None,
 ) -> None:
     """Append to `chain` the digests of those full pages of `tokens`, up to `end`, that it lacks."""
-    parent = chain[-1] if chain else root_digest(salt)
+    parent = chain[-1] if chain else root_digest(salt, adapter)
     pack = struct.Struct(f"<{page_size}I").pack
     for page in range(len(chain), (len(tokens) if end is None else end) // page_size):
         of_page = tokens[page * page_size : (page + 1) * page_size]

@@ -68,7 +68,7 @@ class Replicas:
         """Who has the least to compute before it first."""
         size = self._schedulers[0].limits.page_size
         chain: list[bytes] = []
-        extend_chain(chain, request.prompt, size, request.cache_salt)
+        extend_chain(chain, request.prompt, size, request.cache_salt, adapter=request.adapter)
 
         def ahead(replica: int) -> float:
             cached_tokens = self._schedulers[replica].cached_pages(chain) * size

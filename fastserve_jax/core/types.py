@@ -36,6 +36,15 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """What a model was taught beside its weights, as it lies on the device. What a sequence
+    computes hangs on it, so nothing is shared across `serial`s."""
+
+    index: int  # from 1: its place there, which another may have later
+    serial: int  # of all that were ever loaded: no two have the same
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """What a client asked, as the scheduler sees it."""
 
@@ -47,6 +56,7 @@ class Request:
     cache_salt: str = ""  # prefixes are shared only between equal salts
     client: str = ""  # whose requests share one fair part of the service; "": nobody's
     session: str = ""  # requests of one conversation or agent, whose service counts together
+    adapter: Adapter | None = None  # None: the model as it is
 
 
 class Phase(enum.Enum):
@@ -73,6 +83,7 @@ class Admission:
     tokens: tuple[int, ...]  # prompt, and after a preemption what it had already produced
     prompt_tokens: int  # how many of them are the prompt
     sampling: Sampling
+    adapter: int = 0  # its index; 0: none
 
 
 @dataclass_transform(frozen_default=True)

@@ -101,9 +101,16 @@ def run_train(settings: TrainSettings, cache_dir: Path) -> None:
     console.print(
         f"{done.steps} steps in {time.perf_counter() - began:,.0f} s; the best is of step "
         f"{done.best_step}, held out {done.valid_loss:.3f}{shown}\n"
-        f"  fastserve serve {shlex.quote(model)}",
+        f"  fastserve serve {_served(settings, model)}",
         soft_wrap=True,
     )
+
+
+def _served(settings: TrainSettings, model: str) -> str:
+    if settings.lora.merge:
+        return shlex.quote(model)
+    name = settings.name or Path(settings.out).resolve().name
+    return f"{shlex.quote(settings.base)} --adapter {shlex.quote(f'{name}={model}')}"
 
 
 def run_search(config: Path | None, sets: Sequence[str], cache_dir: Path) -> None:

@@ -25,6 +25,7 @@ class Lora:
     rank: int = 0  # 0: the whole model is trained
     alpha: float = 16.0
     targets: tuple[str, ...] = ("layers.*.attn.*", "layers.*.mlp.*")  # which matrices
+    merge: bool = True  # into a model; false: an adapter remains, served beside its base
 
     @property
     def scale(self) -> float:
@@ -49,6 +50,12 @@ def adapters(arrays: Arrays, lora: Lora, seed: int) -> dict[str, jax.Array]:
         made[f"{name}.a"] = jax.random.uniform(key, (lora.rank, size), minval=-bound, maxval=bound)
         made[f"{name}.b"] = jnp.zeros((out, lora.rank))
     return made
+
+
+def halves(trained: Arrays) -> dict[str, tuple[Any, Any]]:
+    """a and b by the name of the matrix that they are beside."""
+    names = [name.removesuffix(".a") for name in trained if name.endswith(".a")]
+    return {name: (trained[f"{name}.a"], trained[f"{name}.b"]) for name in names}
 
 
 def merged(arrays: Arrays, trained: Arrays, lora: Lora) -> dict[str, jax.Array]:

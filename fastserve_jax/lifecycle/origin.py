@@ -13,7 +13,9 @@ from fastserve_jax.errors import ConfigError
 from fastserve_jax.models.decoder import parameters
 from fastserve_jax.terminal import Bars
 from fastserve_jax.text.load import load_reader, load_tokenizer
+from fastserve_jax.weights.adapter_arrays import merged
 from fastserve_jax.weights.load import ModelFiles, find_encoder, open_model
+from fastserve_jax.weights.registry import REGISTRY, Registry
 
 from .dataset import Dataset
 from .losses import Classifier, Model
@@ -66,7 +68,14 @@ def open_teacher(settings: TrainSettings, cache_dir: Path) -> tuple[Model, dict[
 def open_arrays(
     reference: str, cache_dir: Path, dtype: Any
 ) -> tuple[Model | Classifier, dict[str, Any], int]:
-    """Of any model, its arrays in float32, and how many tokens its vocabulary has."""
+    """Of any model, its arrays in float32, and how many tokens its vocabulary has. A registered
+    adapter is its parent and what it adds."""
+    registry = Registry(cache_dir / REGISTRY)
+    version = registry.find(reference)
+    if version is not None and registry.is_adapter(version):
+        model, arrays, vocab_size = open_arrays(version.parent, cache_dir, dtype)
+        assert isinstance(model, Model), "adapters are of decoders"
+        return model, merged(registry.path(version), model.config, arrays), vocab_size
     with Bars() as bars:
         encoder = find_encoder(reference, cache_dir, bars.pull)
         if encoder is not None:

@@ -98,5 +98,7 @@ class TrainSettings:
         if self.prune.keep and not self.base:
             raise ConfigError("prune.keep keeps the zeros of a base: name it")
         self.prune.check(self.steps)
+        if not self.lora.merge and not self.lora.rank:
+            raise ConfigError("lora.merge is false, and there is no adapter: name a lora.rank")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is one of {', '.join(DTYPES)}, not {self.dtype}")

@@ -35,7 +35,8 @@ def show_models(cache_dir: Path) -> None:
             mark = "current" if version.number == current else ""
             loss = version.metrics.get("valid_loss")
             held_out = "" if loss is None else f"{loss:.3f}"
-            parts = (version.made_at, version.how, version.parent or "nothing", held_out)
+            how = version.how + (", an adapter" if registry.is_adapter(version) else "")
+            parts = (version.made_at, how, version.parent or "nothing", held_out)
             table.add_row(str(version), mark, *parts)
     console.print(table)
 
@@ -50,6 +51,9 @@ def show_version(reference: str, cache_dir: Path) -> None:
     console = Console()
     console.print(f"[bold]{version}[/] by {version.how}, {version.made_at}", highlight=False)
     console.print(str(registry.path(version)), soft_wrap=True, highlight=False)
+    if registry.is_adapter(version):
+        command = f"fastserve serve {version.parent} --adapter {version.name}={version}"
+        console.print(f"an adapter: {command}", highlight=False, soft_wrap=True)
     console.print("made of " + " < ".join(_ancestors(registry, version)), highlight=False)
     if version.data:
         console.print(f"data {version.data}", highlight=False)

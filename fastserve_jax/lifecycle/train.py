@@ -22,20 +22,21 @@ from fastserve_jax.errors import ConfigError, TrainingFailed
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import parameters
 from fastserve_jax.models.encoder import EncoderConfig
+from fastserve_jax.weights.adapter import check_kept, write_adapter
 from fastserve_jax.weights.orbax import write_model
 
 from . import optimiser
 from .checkpoints import Checkpoints
 from .dataset import TOKENIZER, TRAIN, VALID, Dataset
 from .distil import distilled
-from .lora import adapters, merged
+from .lora import adapters, halves, merged
 from .losses import Classifier, Model
 from .pruning import pruned
 from .settings import TrainSettings
 from .steps import Steps, Told, Training, evaluation, make_mesh, place, place_batch
 from .vocabulary import copy_vocabulary
 
-CURVES, MODEL, CHECKPOINTS = "curves.jsonl", "model", "checkpoints"
+CURVES, MODEL, ADAPTER, CHECKPOINTS = "curves.jsonl", "model", "adapter", "checkpoints"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +76,17 @@ def train(
     settings.check()
     data, out = Dataset(Path(settings.data)), Path(settings.out)
     mesh = make_mesh(jax.devices(), settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
-    if (out / MODEL).exists():
-        raise ConfigError(f"{out / MODEL} is there already: take another `out`, or delete it")
+    lora = settings.lora
+    made = out / (MODEL if lora.merge else ADAPTER)
+    if made.exists():
+        raise ConfigError(f"{made} is there already: take another `out`, or delete it")
     model, begin = base or _new(settings, data)
-    lora, arrays = settings.lora, place(begin, mesh)
+    arrays = place(begin, mesh)
     params, frozen = arrays, {"base": {}, "teacher": place(teacher[1], mesh) if teacher else {}}
     if lora.rank:
         params, frozen["base"] = place(adapters(arrays, lora, settings.seed), mesh), arrays
+    if not lora.merge:
+        check_kept(_of_decoder(model.config), halves(params))
 
     def whole(params: Any, frozen: Any) -> dict[str, jax.Array]:
         return merged(frozen["base"], params, lora) if lora.rank else params
@@ -95,8 +100,8 @@ def train(
         given = whole(params, frozen), frozen["teacher"], batch
         return distilled(model, teacher[0], *given, settings.distil)
 
-    made = optimiser.make(settings.optimiser, settings.steps)
-    steps = Steps(taught if teacher else loss, pruned(made, settings.prune, settings.steps))
+    plain = optimiser.make(settings.optimiser, settings.steps)
+    steps = Steps(taught if teacher else loss, pruned(plain, settings.prune, settings.steps))
     now = steps.begin(params)
     out.mkdir(parents=True, exist_ok=True)
     with Checkpoints(out / CHECKPOINTS, settings.keep, say) as kept:
@@ -108,8 +113,19 @@ def train(
         found = kept.best(done)
     assert found is not None, "the last step is kept"
     step, state, _ = found
-    _finish(out / MODEL, model.config, whole(Training(*state).params, frozen), data)
-    return Trained(int(done.step), step, best, out / MODEL)
+    params = Training(*state).params
+    if lora.merge:
+        _finish(made, model.config, whole(params, frozen), data)
+    else:
+        trained = halves(jax.device_get(params))
+        write_adapter(made, _of_decoder(model.config), trained, lora.alpha, settings.base)
+    return Trained(int(done.step), step, best, made)
+
+
+def _of_decoder(config: ModelConfig | EncoderConfig) -> ModelConfig:
+    if not isinstance(config, ModelConfig) or config.labels:
+        raise ConfigError("an adapter that says labels is not served: leave lora.merge true")
+    return config
 
 
 def _new(settings: TrainSettings, data: Dataset) -> tuple[Model, dict[str, jax.Array]]:

@@ -17,6 +17,7 @@ from flax import nnx
 
 from pallas_kernels import KVLayout, cpu, ragged_paged_attention, row_of_token, write_kv
 
+from .adapters import Adapters, Lora
 from .config import ModelConfig
 from .experts import Experts
 from .layers import (
@@ -98,12 +99,15 @@ class Attention(nnx.Module):
         turn: Rotation | None,
         norm: Norm,
         post_norm: Norm | None,
+        lora: Lora | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """x + post_norm(attention of norm(x)), and the pages with the new keys and values. Without
         pages a token sees those before it of its own row, all of which are in x."""
-        heads = self.qkv(x, at.live, norm=norm).reshape(x.shape[0], -1, self.config.head_dim)
+        qkv, out = (None, None) if lora is None else (lora.of("attn.qkv"), lora.of("attn.out"))
+        heads = self.qkv(x, at.live, norm=norm, beside=qkv)
+        heads = heads.reshape(x.shape[0], -1, self.config.head_dim)
         mixed, kv_pages = self._mix(heads, kv_pages, batch, at, turn)
-        return self.out(mixed, at.live, add=x, add_norm=post_norm), kv_pages
+        return self.out(mixed, at.live, add=x, add_norm=post_norm, beside=out), kv_pages
 
     def _mix(
         self,
@@ -169,14 +173,21 @@ class MLP(nnx.Module):
         self.activation, self.gated = config.activation, config.gated_mlp
 
     def __call__(
-        self, x: jax.Array, live: jax.Array, norm: Norm, post_norm: Norm | None
+        self,
+        x: jax.Array,
+        live: jax.Array,
+        norm: Norm,
+        post_norm: Norm | None,
+        lora: Lora | None = None,
     ) -> jax.Array:
         """x + post_norm(MLP of norm(x))."""
+        of = (lambda name: None) if lora is None else lora.of
+        added: dict[str, Any] = {"add": x, "add_norm": post_norm, "beside": of("mlp.down")}
         if self.gated:
-            inner = self.gate_up(x, live, norm=norm)
-            return self.down(inner, live, gate=self.activation, add=x, add_norm=post_norm)
-        inner = activate(self.activation, self.up(x, live, norm=norm))
-        return self.down(inner, live, add=x, add_norm=post_norm)
+            inner = self.gate_up(x, live, norm=norm, beside=of("mlp.gate_up"))
+            return self.down(inner, live, gate=self.activation, **added)
+        inner = activate(self.activation, self.up(x, live, norm=norm, beside=of("mlp.up")))
+        return self.down(inner, live, **added)
 
 
 class Layer(nnx.Module):
@@ -212,10 +223,13 @@ class Layer(nnx.Module):
         batch: Batch | None,
         at: Place,
         turn: Rotation | None,
+        lora: Lora | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         post = (self.post_attn_norm, self.post_mlp_norm) if self.sandwich else (None, None)
-        x, kv_pages = self.attn(x, kv_pages, batch, at, turn, self.attn_norm, post[0])
-        return self.mlp(x, at.live, self.mlp_norm, post[1]), kv_pages
+        x, kv_pages = self.attn(x, kv_pages, batch, at, turn, self.attn_norm, post[0], lora)
+        if isinstance(self.mlp, Experts):
+            return self.mlp(x, at.live, self.mlp_norm, post[1]), kv_pages
+        return self.mlp(x, at.live, self.mlp_norm, post[1], lora), kv_pages
 
 
 class Decoder(nnx.Module):
@@ -245,14 +259,22 @@ class Decoder(nnx.Module):
         self.config, self.dtype = config, dtype
 
     def __call__(
-        self, tokens: jax.Array, kv_pages: list[jax.Array], batch: Batch, at: Place
+        self,
+        tokens: jax.Array,
+        kv_pages: list[jax.Array],
+        batch: Batch,
+        at: Place,
+        adapters: Adapters | None = None,
+        own: jax.Array | None = None,
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """tokens [n] int32 -> hidden [n, hidden_size] in the model's dtype, normed for the head."""
+        """tokens [n] int32 -> hidden [n, hidden_size] in the model's dtype, normed for the head.
+        With `adapters` each token uses its `own` columns; see adapters.py."""
         x, turns, written = self.embedded(tokens, at), rotations(self.config, at.positions), []
         for i, (layer, pages) in enumerate(zip(self.layers, kv_pages, strict=True)):
             graph, state = nnx.split(layer)
             turn = turns[self.config.window(i) > 0]
-            x, pages = _run_layer(graph, state, x, pages, batch, at, turn)
+            lora = None if adapters is None or own is None else Lora(adapters[i], own)
+            x, pages = _run_layer(graph, state, x, pages, batch, at, turn, lora)
             written.append(pages)
         return self.final_norm(x).astype(self.dtype), written
 
@@ -281,8 +303,9 @@ def _run(
     batch: Batch,
     at: Place,
     turn: Rotation | None,
+    lora: Lora | None,
 ) -> tuple[jax.Array, jax.Array]:
-    x, written = nnx.merge(graph, state)(x, kv_pages, batch, at, turn)
+    x, written = nnx.merge(graph, state)(x, kv_pages, batch, at, turn, lora)
     assert written is not None, "pages came in"
     return x, written
 

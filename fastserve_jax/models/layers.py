@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import cpu, quant_matmul
 
+from .adapters import Added
 from .config import RopeScaling
 from .parts import VOCAB, WHOLE, Axes, Parts
 from .precision import Stored
@@ -66,23 +67,33 @@ class Linear(nnx.Module):
         gate: str | None = None,
         add: jax.Array | None = None,
         add_norm: Norm | None = None,
+        beside: Added | None = None,
     ) -> jax.Array:
         """x [rows, in] goes through `norm`, or is [rows, 2 in] and gated with the activation
-        `gate`; then the map, then `add_norm`, and `add` [rows, out] is added."""
+        `gate`; then the map and what is `beside` it, then `add_norm`, and `add` [rows, out] is
+        added."""
+        if beside is not None:
+            y = self(x, live, norm=norm, gate=gate) + beside(_entering(x, norm, gate))
+            y = y if add_norm is None else add_norm(y)
+            return y if add is None else add + y
         weight, scale = matrix = _held(self.weight, self.scale)
         other = self.bias is not None or any(isinstance(n, LayerNorm) for n in (norm, add_norm))
         kernel = matrix.takes_int8 and cpu.runs() and not other and self.parts.count == 1
         if kernel and scale is not None:
             norms = {"norm": for_kernel(norm), "add_norm": for_kernel(add_norm)}
             return cpu.int8_matmul(x, weight, scale, live, gate=gate, add=add, **norms)
-        x = x if norm is None else norm(x)
-        if gate is not None:
-            left, right = jnp.split(x, 2, axis=-1)
-            x = activate(gate, left) * right
-        y = self.parts.sum(project(x, matrix, live))
+        y = self.parts.sum(project(_entering(x, norm, gate), matrix, live))
         y = y if self.bias is None else y + self.bias[...].astype(jnp.float32)
         y = y if add_norm is None else add_norm(y)
         return y if add is None else add + y
+
+
+def _entering(x: jax.Array, norm: Norm | None, gate: str | None) -> jax.Array:
+    x = x if norm is None else norm(x)
+    if gate is None:
+        return x
+    left, right = jnp.split(x, 2, axis=-1)
+    return activate(gate, left) * right
 
 
 def project(x: jax.Array, matrix: Matrix, live: jax.Array | int) -> jax.Array:

@@ -29,6 +29,7 @@ class _Given:
 
     prompt_tokens: int
     sampling: Sampling
+    adapter: int
 
 
 class Ends(NamedTuple):
@@ -57,7 +58,8 @@ class Lane:
         self._given: dict[int, _Given] = {}  # by slot
 
     def admit(self, admission: Admission) -> tuple[np.int32, SlotRow]:
-        self._given[admission.slot] = _Given(admission.prompt_tokens, admission.sampling)
+        given = _Given(admission.prompt_tokens, admission.sampling, admission.adapter)
+        self._given[admission.slot] = given
         row = sampling.slot_row(admission, self.shape.max_context, self._vocab_size)
         return np.int32(admission.slot), row
 
@@ -97,6 +99,12 @@ class Lane:
         cu_q_lens[len(works) + 1 :] = tokens
         distribution = np.array([ones, len(works)], np.int32)
         return Batch(slots, kv_lens, self._page_table[slots], cu_q_lens, distribution)
+
+    def adapters(self, works: tuple[Work, ...]) -> NDArray[np.int32]:
+        """Of each row; 0: none."""
+        of_rows = np.zeros(self.shape.max_slots, np.int32)
+        of_rows[: len(works)] = [self._given[work.slot].adapter for work in works]
+        return of_rows
 
     def drawn(self, works: tuple[Work, ...], batch: Batch) -> tuple[Ends, DrawnRows]:
         """One token behind the last known one, and one behind each guess."""

@@ -29,6 +29,7 @@ from fastserve_jax.core.types import (
     TopLogprobs,
     Work,
 )
+from fastserve_jax.models.adapters import Adapters
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import Batch, State, head_of
 
@@ -80,6 +81,7 @@ class DeviceRunner:
         drafter: Drafter | None = None,
         mesh: Mesh | None = None,
         watcher: Watcher | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         assert (host_pages is not None) == (shape.host_pages > 0)
         self.shape = shape
@@ -87,6 +89,7 @@ class DeviceRunner:
         self._head = head_of(config, params)
         self._kv_pages = kv_pages  # donated to every step
         self._drafter = drafter
+        self._adapters = adapters
         self._host = None
         if host_pages is not None:
             self._host = HostTier(host_pages, shape.host_pages, shape.num_pages, programs)
@@ -147,6 +150,12 @@ class DeviceRunner:
         self._state = self._state._replace(history=history)
         return drafting
 
+    def adapt(self, index: int, adapter: Adapters) -> None:
+        """Put `adapter`, whose width is one's rank, at `index`, from 1, for all plans to come. No
+        sequence may use what was there."""
+        assert 1 <= index <= self.shape.adapters.count, f"no place {index} for an adapter"
+        self._adapters = self._programs["adapt"](self._adapters, np.int32(index), adapter)
+
     def _start(self, plan: Plan) -> _Pending:
         plans = plan.replicas or (plan,) * len(self._lanes)
         assert len(plans) == len(self._lanes), "a plan for each replica"
@@ -185,10 +194,14 @@ class DeviceRunner:
     def _launch(self, works: Sequence[Works]) -> _Pending:
         batches = [lane.batch(own) for lane, own in self._with(works)]
         tokens = max(int(batch.cu_q_lens[-1]) for batch in batches)
-        forward = self._programs[f"forward[{_bucket(self.shape.token_buckets, tokens)}]"]
-        history = self._state.history
-        batch = stacked(batches)
-        self._kv_pages, hidden = forward(self._params, self._kv_pages, history, batch)
+        bucket = _bucket(self.shape.token_buckets, tokens)
+        kind, batch, history = "forward", stacked(batches), self._state.history
+        given: tuple[Any, ...] = (self._params, self._kv_pages, history, batch)
+        if self._adapters is not None:
+            of_rows = stacked([lane.adapters(own) for lane, own in self._with(works)])
+            if of_rows.any():
+                kind, given = "adapted", (*given, self._adapters, of_rows)
+        self._kv_pages, hidden = self._programs[f"{kind}[{bucket}]"](*given)
         # Scored first: drawing donates the history that scoring reads.
         scores, scored = self._score(works, batches, hidden)
         drawn, sampled = self._sample(works, batches, hidden)

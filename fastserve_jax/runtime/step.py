@@ -3,6 +3,8 @@
     admit            a sequence takes a slot
     forward[tokens]  new tokens through the decoder; keys and values into their pages
     sample[rows]     head and draw for the rows that end a sequence; the token goes to its history
+    adapted[tokens]  forward, where there is room for adapters and a row has one
+    adapt            a set of adapters takes its place among the others
     score            head and log-probabilities for prompt tokens, in blocks, any number
     guess            tokens that may come are put into histories; where any are guessed
     swap_out, _in    where there is a host tier: see host.py
@@ -29,6 +31,14 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from fastserve_jax.core.types import MAX_TOP_LOGPROBS
+from fastserve_jax.models.adapters import (
+    NO_ROOM,
+    AdapterRoom,
+    Adapters,
+    empty_adapters,
+    own_columns,
+    put,
+)
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import (
     Batch,
@@ -64,6 +74,7 @@ class StepShape:
     num_pages: int
     host_pages: int = 0  # 0: no host tier
     guesses: int = 0  # tokens that a row may run ahead of what is known; 0: none
+    adapters: AdapterRoom = NO_ROOM
 
     @property
     def pages_per_row(self) -> int:
@@ -153,11 +164,16 @@ class Steps:
         history: jax.Array,
         batch: Batch,
         tokens: int,
+        adapters: Adapters | None = None,
+        of_rows: jax.Array | None = None,
     ) -> tuple[list[jax.Array], jax.Array]:
-        """-> pages (donated through), hidden [largest bucket, hidden_size] whatever the bucket."""
+        """-> pages (donated through), hidden [largest bucket, hidden_size] whatever the bucket.
+        `of_rows` [rows] int32 is each row's adapter, from 1, 0 for none."""
         at = place(batch, tokens, self.shape.layout(self.own))
         given = history[jnp.asarray(batch.slots)[at.rows], at.positions]
-        hidden, kv_pages = nnx.merge(self.graph, params)(given, kv_pages, batch, at)
+        own = None if of_rows is None else own_columns(of_rows[at.rows], self.shape.adapters)
+        decoder = nnx.merge(self.graph, params)
+        hidden, kv_pages = decoder(given, kv_pages, batch, at, adapters, own)
         spare = self.shape.token_buckets[-1] - tokens
         return kv_pages, jnp.pad(hidden, ((0, spare), (0, 0)))
 
@@ -225,29 +241,8 @@ def programs(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[Program]
     kv_pages = [like(layout.shape, dtype) for _ in range(config.num_layers)]
     hidden = like((shape.token_buckets[-1], config.hidden_size), dtype)
     head = jax.tree.map(abstract, head_of(config, params))
-    slots = shape.max_slots
-    table = ints(slots, shape.pages_per_row)
-    batch = Batch(ints(slots), ints(slots), table, ints(slots + 1), ints(2))
-    # By their leaves alone: to flatten a state of hundreds of variables costs each step 0.25 ms.
-    leaves, tree = jax.tree.flatten(jax.tree.map(abstract, params))
-    divided = [spec_of(axes) for axes in all_axes(params)]
     head_divided = head_of(config, params, lambda variable: spec_of(axes_of(variable)))
-
-    def forward_by_leaves(
-        leaves: list[jax.Array],
-        kv_pages: list[jax.Array],
-        history: jax.Array,
-        batch: Batch,
-        tokens: int,
-    ) -> Any:
-        return steps.forward(jax.tree.unflatten(tree, leaves), kv_pages, history, batch, tokens)
-
-    for tokens in reversed(shape.token_buckets):
-        forward = partial(forward_by_leaves, tokens=tokens)
-        given = (leaves, kv_pages, state.history, batch)
-        specs = (divided, PAGES, REPLICAS, HOST), (PAGES, REPLICAS)
-        yield Program(f"forward[{tokens}]", forward, given, donated=(1,), specs=specs)
-
+    yield from _forwards(steps, params, kv_pages, state.history, dtype)
     for count in shape.row_buckets:
         rows = Rows(ints(count), ints(count), ints(count))
         drawn_from = (head, state, hidden, rows)
@@ -275,3 +270,40 @@ def programs(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[Program]
         specs=((REPLICAS, HOST, HOST), REPLICAS),
     )
     yield from swap_programs(shape.host_layout(steps.own), kv_pages, jax.devices()[0])
+
+
+def _forwards(
+    steps: Steps, params: State, kv_pages: list[Any], history: Any, dtype: DTypeLike
+) -> Iterator[Program]:
+    shape, slots = steps.shape, steps.shape.max_slots
+    table = ints(slots, shape.pages_per_row)
+    batch = Batch(ints(slots), ints(slots), table, ints(slots + 1), ints(2))
+    # By their leaves alone: to flatten a state of hundreds of variables costs each step 0.25 ms.
+    leaves, tree = jax.tree.flatten(jax.tree.map(abstract, params))
+    specs = ([spec_of(axes) for axes in all_axes(params)], PAGES, REPLICAS, HOST)
+
+    def forward_by_leaves(
+        leaves: list[jax.Array],
+        kv_pages: list[jax.Array],
+        history: jax.Array,
+        batch: Batch,
+        *adapted: Any,
+        tokens: int,
+    ) -> Any:
+        params = jax.tree.unflatten(tree, leaves)
+        return steps.forward(params, kv_pages, history, batch, tokens, *adapted)
+
+    given = (leaves, kv_pages, history, batch)
+    for tokens in reversed(shape.token_buckets):
+        forward, of_all = partial(forward_by_leaves, tokens=tokens), (specs, (PAGES, REPLICAS))
+        yield Program(f"forward[{tokens}]", forward, given, donated=(1,), specs=of_all)
+    if not shape.adapters.count:
+        return
+    rooms = (shape.adapters, AdapterRoom(1, shape.adapters.rank))
+    adapters, one = (
+        jax.eval_shape(partial(empty_adapters, steps.config, room, dtype)) for room in rooms
+    )
+    for tokens in reversed(shape.token_buckets):
+        forward, adapted = partial(forward_by_leaves, tokens=tokens), (adapters, ints(slots))
+        yield Program(f"adapted[{tokens}]", forward, (*given, *adapted), donated=(1,))
+    yield Program("adapt", put, (adapters, ints(), one), donated=(0,))

@@ -37,6 +37,8 @@ def create_app(state: ServerState) -> web.Application:
             web.get("/v1/models/{id:.+}", models.model),
             web.post("/models/load", models.load),
             web.post("/models/unload", models.unload),
+            web.post("/v1/load_lora_adapter", models.load_adapter),
+            web.post("/v1/unload_lora_adapter", models.unload_adapter),
             web.post("/v1/completions", completions.complete),
             web.post("/v1/chat/completions", chat.chat),
             web.post("/v1/embeddings", embeddings.embed),

@@ -204,7 +204,10 @@ def build(
             seeded = dataclasses.replace(sampling, seed=choice_seed(base_seed, k))
             request_id = served.engine.new_id()
             requests.append(
-                Request(request_id, tokens, seeded, priority, deadline, salt, client, session)
+                Request(
+                    *(request_id, tokens, seeded, priority, deadline, salt, client, session),
+                    adapter=served.adapter,
+                )
             )
             meter = state.metrics.of(served.name).request(len(prompt))
             records = logprobs is not None

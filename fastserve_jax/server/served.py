@@ -8,12 +8,12 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from fastserve_jax.api.chat import ChatTurn
 from fastserve_jax.api.sampling import Defaults, ModelBounds
-from fastserve_jax.core.types import Event, Request
+from fastserve_jax.core.types import Adapter, Event, Request
 from fastserve_jax.encoding import Encodings
 
 
@@ -58,6 +58,24 @@ class ChatTemplate(Protocol):
     ) -> list[int]: ...
 
 
+class LoadedAdapter(Protocol):
+    @property
+    def adapter(self) -> Adapter: ...
+    @property
+    def reference(self) -> str: ...
+    @property
+    def created(self) -> int: ...
+
+
+class Adapters(Protocol):
+    """What is loaded beside a model, by name, and may come and go."""
+
+    @property
+    def loaded(self) -> Mapping[str, LoadedAdapter]: ...
+    async def load(self, name: str, reference: str) -> None: ...
+    def unload(self, name: str) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Served:
     """A loaded model with its engine."""
@@ -70,6 +88,24 @@ class Served:
     defaults: Defaults = field(default_factory=Defaults)
     root: str = ""  # which model or version that is, where it is not the name
     created: int = field(default_factory=lambda: int(time.time()))  # unix seconds
+    adapters: Adapters | None = None  # None: there is no room for any
+    adapter: Adapter | None = None  # what it is asked with, beside
+    parent: str = ""  # the name of the model itself
+
+    def beside(self) -> list[Served]:
+        """With each of its adapters, by the adapter's name."""
+        return [
+            replace(
+                self,
+                name=name,
+                root=held.reference,
+                created=held.created,
+                adapters=None,
+                adapter=held.adapter,
+                parent=self.name,
+            )
+            for name, held in (self.adapters.loaded.items() if self.adapters else ())
+        ]
 
     @property
     def fingerprint(self) -> str:

@@ -70,13 +70,14 @@ class ServerState:
         self._models[served.name] = served
 
     def drop(self, served: Entry) -> None:
-        """It has no new requests. Nothing where another has taken its place."""
+        """It has no new requests, with adapters or without. Nothing where another has taken its
+        place."""
         if self._models.get(served.name) is served:
             del self._models[served.name]
 
     async def left(self, served: Entry) -> None:
         """Return when no request is at it; there will be no new ones once it was dropped."""
-        while any(work.served is served for work in self._works):
+        while any(work.served and work.served.engine is served.engine for work in self._works):
             self._ended.clear()
             await self._ended.wait()
 
@@ -93,8 +94,11 @@ class ServerState:
 
     @property
     def entries(self) -> list[Entry]:
-        """All of them, whatever the phase."""
-        return list(self._models.values())
+        """All of them, whatever the phase; behind them those with adapters."""
+        models = list(self._models.values())
+        return models + [
+            adapted for own in models if isinstance(own, Served) for adapted in own.beside()
+        ]
 
     @property
     def failed(self) -> bool:

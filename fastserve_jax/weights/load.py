@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from fastserve_jax.errors import ModelFileError
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.precision import Stored
+from fastserve_jax.weights.adapter import is_adapter, read_facts
 from fastserve_jax.weights.catalogue import embedded, embedded_names, read_catalogue
 from fastserve_jax.weights.encoder import EncoderFiles, is_encoder, open_encoder, unpacked
 from fastserve_jax.weights.gguf import GgufFile
@@ -357,6 +358,12 @@ def open_folder(path: Path, name: str) -> ModelFiles:
     if is_encoder(path):
         what = "says labels" if is_checkpoint(path) else "is an encoder"
         raise ModelFileError(f"{name} {what}: it writes no text")
+    if is_adapter(path):
+        base, (short, at, _) = read_facts(path).base_model_name_or_path, name.partition("@")
+        raise ModelFileError(
+            f"{name} is an adapter{base and f' of {base}'}: fastserve serve {base or 'MODEL'} "
+            f"--adapter {short}={name if at else path}"
+        )
     config, names = _config_of(path)
     source = Checkpoint(path) if is_checkpoint(path) else Folder(path, names)
     return ModelFiles(

@@ -167,5 +167,15 @@ HF_GPT2 = Names(
     (".attn.bias", ".attn.masked_bias"),  # the causal mask, kept as a buffer
 )
 
+HF_OF_FAMILY: Mapping[str, Names] = {
+    "llama": HF,
+    "qwen2": HF,
+    "qwen3": HF,
+    "gemma3": HF_GEMMA3,
+    "gpt2": HF_GPT2,
+    "mixtral": HF_MIXTRAL,
+    "qwen3_moe": HF_QWEN3_MOE,
+}
+
 # As the decoder has them, and experts' matrices [in, out].
 CANONICAL = Names({name: (name,) for name in {**_GGUF_PARTS, **_GGUF_EXPERTS}})

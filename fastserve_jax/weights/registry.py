@@ -1,6 +1,6 @@
 """Models of our own by name and version, and what each came from.
 
-    NAME/0001/     a model's folder, as weights/orbax.py has it, with its tokenizer
+    NAME/0001/     a model's folder, as weights/orbax.py has it, with its tokenizer, or an adapter's
     NAME/0001/version.json
     NAME/current   the number of the version that NAME alone means
 
@@ -26,6 +26,7 @@ from fastserve_jax.weights.orbax import CONFIG, ENCODER
 
 REGISTRY = "registry"  # in the cache
 VERSION, CURRENT, MEASURED = "version.json", "current", "measured.jsonl"
+ADAPTER = "adapter_config.json"  # of a folder in PEFT's format: see adapter.py
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _REFERENCE = re.compile(r"([^@]+)(?:@(\d+))?")
 
@@ -73,7 +74,7 @@ class Registry:
         """A copy of that folder as the next version. The first one is promoted. Raises
         ModelFileError."""
         check_name(name)
-        if not any((model / config).is_file() for config in (CONFIG, ENCODER)):
+        if not any((model / config).is_file() for config in (CONFIG, ENCODER, ADAPTER)):
             raise ModelFileError(f"{model}: no {CONFIG}: not a model of ours")
         own = self.folder / name
         own.mkdir(parents=True, exist_ok=True)
@@ -123,6 +124,10 @@ class Registry:
             there = ", ".join(f"{name}@{n}" for n in known) or "none"
             raise ModelFileError(f"no version {reference}: there are {there}")
         return known[number]
+
+    def is_adapter(self, version: Version) -> bool:
+        """Or else a model by itself."""
+        return (self.path(version) / ADAPTER).is_file()
 
     def path(self, version: Version) -> Path:
         return self.folder / version.name / f"{version.number:04}"

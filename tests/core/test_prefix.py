@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fastserve_jax.core.pages import PagePool
 from fastserve_jax.core.prefix import PrefixIndex, extend_chain, root_digest, tail_digest
+from fastserve_jax.core.types import Adapter
 from tests.core.driver import known
 
 
@@ -190,3 +191,10 @@ def test_release_foretells_what_comes_free(holders, some, keep):
     free = {page for page in range(6) if references[page] and not left[page]}
     assert release.pages == len(free)
     assert kept.pages == len(free - set(keep))
+
+
+def test_roots_of_adapters_are_nobody_elses():
+    adapters = [None, Adapter(1, 1), Adapter(1, 2), Adapter(2, 3)]
+    roots = {root_digest(salt, adapter) for salt in ("", "a") for adapter in adapters}
+    assert len(roots) == 8
+    assert root_digest("a", Adapter(1, 2)) == root_digest("a", Adapter(2, 2)), "by serial alone"

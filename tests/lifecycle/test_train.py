@@ -3,6 +3,7 @@ left when something goes wrong."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,12 @@ import pytest
 from fastserve_jax.errors import ConfigError, TrainingFailed
 from fastserve_jax.lifecycle import train as module
 from fastserve_jax.lifecycle.checkpoints import Checkpoints
+from fastserve_jax.lifecycle.origin import open_arrays
 from fastserve_jax.lifecycle.steps import Steps
 from fastserve_jax.lifecycle.train import points, train
 from fastserve_jax.models.decoder import parameters
 from fastserve_jax.weights.load import open_folder
+from fastserve_jax.weights.registry import Registry
 from tests.lifecycle import runs
 
 
@@ -163,6 +166,19 @@ def test_a_model_goes_on_from_another(data, whole, tmp_path):
     layers = {f"layers.{i}.{part}.weight" for i in (0, 1) for part in ("attn.qkv", "attn.out")}
     assert changed == layers | {f"layers.{i}.mlp.{m}.weight" for i in (0, 1) for m in MLP}
 
+    # Thought better of: what is trained already remains by itself.
+    shutil.copytree(tmp_path / "lora", tmp_path / "kept", ignore=lambda *_: ["model"])
+    kept = lora | {"lora.merge": False}
+    done = train(runs.settings(data, tmp_path / "kept", **kept), base=base)
+    registry = Registry(tmp_path / "registry")
+    registry.add("it", whole[0] / "model", "train")
+    registry.add("beside", done.folder, "train", parent="it")
+    again = open_arrays("beside", tmp_path, np.float32)[1]
+    for name, array in found.items():
+        np.testing.assert_allclose(again[name], array, rtol=0.01, atol=1e-3)
+    with pytest.raises(ConfigError, match=r"embed\.weight cannot have an adapter of its own"):
+        train(runs.settings(data, tmp_path / "e", **kept, **{"lora.targets": ["embed"]}), base=base)
+
 
 MLP = ("gate_up", "down")
 
@@ -246,6 +262,7 @@ def test_a_full_disk_is_said_and_what_was_good_is_kept(data, tmp_path, monkeypat
         ({"accumulate": 3}, "8 rows do not divide into 3 parts"),
         ({"dtype": "f16"}, "dtype is one of auto, f32, bf16"),
         ({"lora.rank": 2}, "name its base"),
+        ({"lora.merge": False}, "name a lora.rank"),
         ({"shape.num_heads": 3}, "do not divide among 3 heads"),
         ({"mesh.fsdp": 3}, "does not make"),
         ({"optimiser.schedule": "stairs"}, "no schedule stairs: there are cosine"),

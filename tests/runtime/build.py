@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from fastserve_jax.models.adapters import empty_adapters
 from fastserve_jax.models.decoder import abstract, fill, parameters
 from fastserve_jax.models.precision import Precision
 from fastserve_jax.runtime.compile import compile_all
@@ -46,4 +47,7 @@ def build_runner(
     compiled = compile_all(programs(Steps(graph, config, shape), params, dtype), lower=lower)
     kv_pages = empty_pages(config, shape, dtype)
     host_pages = empty_host_pages(shape.host_layout(config), dtype, None)
-    return DeviceRunner(config, params, kv_pages, shape, compiled, host_pages, drafter), arrays
+    room = shape.adapters
+    adapters = empty_adapters(config, room, dtype) if room.count else None
+    given = (config, params, kv_pages, shape, compiled, host_pages, drafter)
+    return DeviceRunner(*given, adapters=adapters), arrays
