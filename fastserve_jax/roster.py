@@ -5,7 +5,6 @@ warm; one that has lost its name finishes what it has, and goes. Knows names, no
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -73,9 +72,6 @@ class Roster:
             self.state.drop(served)
             await self.state.left(served)
             said = served.root or served.name
-        del served
-        gc.unfreeze()  # what was never to be looked at again is garbage now
-        gc.collect()
         console.print(f"{said} has finished what it had, and is gone")
 
     def _put(self, kept: _Kept) -> None:

@@ -104,7 +104,9 @@ class DeviceRunner:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Gives the device's memory back, whoever may still know this object."""
         self._waiter.shutdown()
+        self.__dict__.clear()
 
     @property
     def platform(self) -> str:

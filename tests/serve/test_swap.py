@@ -1,7 +1,6 @@
 """Models that come and go while others are served: no request notices."""
 
 import asyncio
-import gc
 import json
 import shutil
 
@@ -117,7 +116,6 @@ async def _is(client, root):
 
 
 async def _holds(most):
-    gc.collect()
     return _bytes() <= most
 
 

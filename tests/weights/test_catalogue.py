@@ -14,8 +14,9 @@ from fastserve_jax.weights.catalogue import DEFAULT_MODEL, read_catalogue
 _CONFIGS = Path(__file__).parents[2] / "configs" / "models"
 
 
-def test_the_three_models_are_there() -> None:
+def test_these_models_are_there() -> None:
     assert set(read_catalogue()) == {
+        "all-minilm-l6-v2",
         "gemma3-270m",
         "qwen2.5-coder-0.5b-instruct",
         "smollm2-135m-instruct",
