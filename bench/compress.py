@@ -29,8 +29,9 @@ MODEL = "smollm2-135m-instruct"
 BARS = {"int8": 1.01, "w8a8": 1.01, "int4": 1.08}  # perplexity over bf16's, at most
 METHODS = {"int8": "nearest", "w8a8": "nearest", "int4": "gptq"}
 HALF = {
-    "steps": 250,
-    "evaluate_every": 250,
+    "steps": 300,
+    "batch_rows": 8,
+    "evaluate_every": 150,
     "shape.hidden_size": 96,
     "shape.num_layers": 3,
     "shape.num_heads": 4,
