@@ -92,8 +92,8 @@ async def test_what_was_loaded_anew_meanwhile_is_not_kept(tmp_path, monkeypatch)
             return await real(*given)
 
         monkeypatch.setattr(measured, "ask", swapped)
+        given = (MODEL, path, server.url, None, 9, True, tmp_path)
         with pytest.raises(ConfigError, match="loaded anew while it was measured"):
-            given = (MODEL, path, server.url, None, 9, True, tmp_path)
             await asyncio.to_thread(measured.run_answers, *given)
 
 
