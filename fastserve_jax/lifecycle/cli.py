@@ -129,7 +129,7 @@ def evaluate(
     limit
         Documents of each task.
     chat
-        Put tasks by the model's chat template.
+        Put tasks as a chat: those whose answers are written, none that weighs given ones.
     json
         Print one object instead of a table.
     """

@@ -23,7 +23,7 @@ class Harness:
     tasks: str  # by comma
     folder: Path | None = None
     limit: int | None = None  # documents of each task; None: all of them
-    is_chat: bool = False  # asks by the model's chat template
+    is_chat: bool = False  # by the chat route, for tasks whose answers are written
 
 
 def run_harness(asked: Harness, url: str, card: ModelCard, api_key: str | None) -> dict[str, float]:
@@ -56,16 +56,17 @@ def run_harness(asked: Harness, url: str, card: ModelCard, api_key: str | None) 
 
 def _settings(asked: Harness, url: str, card: ModelCard, api_key: str | None) -> dict[str, object]:
     length = card.max_model_len
+    route = "chat/completions" if asked.is_chat else "completions"
     reached = {
         "model": card.id,
-        "base_url": f"{url.rstrip('/')}/v1/completions",
-        "tokenizer_backend": "remote",
+        "base_url": f"{url.rstrip('/')}/v1/{route}",
+        "tokenizer_backend": None if asked.is_chat else "remote",
         "num_concurrent": 8,
         "max_length": length if isinstance(length, int) else 2048,
         "auth_token": api_key,
     }
     return {
-        "model": "local-completions",
+        "model": "local-chat-completions" if asked.is_chat else "local-completions",
         "model_args": reached,
         "tasks": asked.tasks,
         "include_path": str(asked.folder) if asked.folder else None,

@@ -143,7 +143,7 @@ def _errors(found: Found, data: Dataset, part: str) -> Iterator[str]:
         return
     words = load_words(data.folder / TOKENIZER)
     for error in found.errors:
-        said = words(text_of(data, part, error.row))
+        said = words(text_of(data, part, error.row))[:_SHOWN]
         yield f"{error.share:.0%} {error.given}, not {error.label}: {said}"
     for passage in found.passages:
         before, behind = passage_of(data, part, passage)
