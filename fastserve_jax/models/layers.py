@@ -73,7 +73,7 @@ class Linear(nnx.Module):
         `gate`; then the map and what is `beside` it, then `add_norm`, and `add` [rows, out] is
         added."""
         if beside is not None:
-            y = self(x, live, norm=norm, gate=gate) + beside(_entering(x, norm, gate))
+            y = self(x, live, norm=norm, gate=gate) + beside(entering(x, norm, gate))
             y = y if add_norm is None else add_norm(y)
             return y if add is None else add + y
         weight, scale = matrix = _held(self.weight, self.scale)
@@ -82,13 +82,14 @@ class Linear(nnx.Module):
         if kernel and scale is not None:
             norms = {"norm": for_kernel(norm), "add_norm": for_kernel(add_norm)}
             return cpu.int8_matmul(x, weight, scale, live, gate=gate, add=add, **norms)
-        y = self.parts.sum(project(_entering(x, norm, gate), matrix, live))
+        y = self.parts.sum(project(entering(x, norm, gate), matrix, live))
         y = y if self.bias is None else y + self.bias[...].astype(jnp.float32)
         y = y if add_norm is None else add_norm(y)
         return y if add is None else add + y
 
 
-def _entering(x: jax.Array, norm: Norm | None, gate: str | None) -> jax.Array:
+def entering(x: jax.Array, norm: Norm | None, gate: str | None) -> jax.Array:
+    """What a map is applied to, [rows, in]; see Linear."""
     x = x if norm is None else norm(x)
     if gate is None:
         return x

@@ -20,9 +20,10 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
+from fastserve_jax.models.adapters import Added
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import Decoder, Layer, State, abstract, fill, rotations
-from fastserve_jax.models.layers import Linear, Norm, activate
+from fastserve_jax.models.layers import Linear, Norm, entering
 from fastserve_jax.models.precision import Precision
 from fastserve_jax.models.whole import place_whole
 
@@ -72,13 +73,11 @@ class _Watched:
         gate: str | None = None,
         add: jax.Array | None = None,
         add_norm: Norm | None = None,
+        beside: Added | None = None,
     ) -> jax.Array:
-        x = x if norm is None else norm(x)
-        if gate is not None:
-            left, right = jnp.split(x, 2, axis=-1)
-            x = activate(gate, left) * right
+        x = entering(x, norm, gate)
         self.tell(x)
-        return self.linear(x, live, add=add, add_norm=add_norm)
+        return self.linear(x, live, add=add, add_norm=add_norm, beside=beside)
 
 
 @dataclass(frozen=True)
