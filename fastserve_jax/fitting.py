@@ -22,10 +22,11 @@ from fastserve_jax.config import (
 from fastserve_jax.core.sequence import Limits
 from fastserve_jax.draft_model import DraftModel, open_draft, plan_draft
 from fastserve_jax.errors import ConfigError
-from fastserve_jax.models.config import ModelConfig
-from fastserve_jax.models.decoder import Decoder, State, abstract
+from fastserve_jax.models.config import ModelConfig, Seq2SeqConfig
+from fastserve_jax.models.decoder import Decoder, State
 from fastserve_jax.models.parts import WHOLE, Parts
 from fastserve_jax.models.precision import Precision
+from fastserve_jax.models.seq2seq import Seq2Seq, abstract
 from fastserve_jax.reading import Division
 from fastserve_jax.runtime.memory import (
     MemoryPlan,
@@ -51,7 +52,7 @@ class Fitted:
     files: ModelFiles
     division: Division | None  # None: one device
     precision: Precision
-    graph: nnx.GraphDef[Decoder]
+    graph: nnx.GraphDef[Decoder] | nnx.GraphDef[Seq2Seq]
     empty: State  # parameters as shapes
     draft: DraftModel | None
     limits: Limits
@@ -72,6 +73,7 @@ class Fitted:
             num_pages=limits.num_pages,
             host_pages=limits.host_pages,
             guesses=limits.guesses,
+            encodes=limits.encodes,
         )
 
     @property
@@ -85,8 +87,9 @@ def fit(files: ModelFiles, settings: Settings, draft: DraftModel | None) -> Fitt
     precision = precision_of(settings.model, files)
     parts = WHOLE if division is None else division.parts
     graph, empty = abstract(files.config, precision, parts)
+    settings = _with_room_for_sources(files.config, settings)
     memory = _memory(files.config, settings, precision, empty, parts, draft)
-    engine = settings.engine
+    engine, encodes = settings.engine, isinstance(files.config, Seq2SeqConfig)
     limits = Limits(
         page_size=memory.page_size,
         num_pages=memory.num_pages,
@@ -97,9 +100,10 @@ def fit(files: ModelFiles, settings: Settings, draft: DraftModel | None) -> Fitt
         max_queue=engine.max_queue,
         max_live=engine.max_queue + engine.max_slots,
         # Replicas step together, and one that guesses would have the others wait.
-        guesses=_guesses(engine) if division is None or division.replicas == 1 else 0,
+        guesses=0 if encodes or (division and division.replicas > 1) else _guesses(engine),
         drafts=0 if draft is None else draft.shape.rows,
         draft_context=0 if draft is None else draft.shape.context,
+        encodes=encodes,
     )
     return Fitted(files, division, precision, graph, empty, draft, limits, memory)
 
@@ -113,6 +117,8 @@ def find_draft(
     """The draft model that settings name, opened and fitted beside `files`."""
     if not settings.model.draft:
         return None
+    if isinstance(files.config, Seq2SeqConfig):
+        raise ConfigError(f"{files.name} has an encoder: leave model.draft out, nothing is guessed")
     if jax.device_count() > 1:
         raise ConfigError(
             f"a draft model works on one device, and there are {jax.device_count()}: leave it out, "
@@ -135,6 +141,16 @@ def _division(config: ModelConfig, settings: Settings) -> Division | None:
     if len(devices) == 1:
         return None
     return Division(make_mesh(devices, **axes))
+
+
+def _with_room_for_sources(config: ModelConfig, settings: Settings) -> Settings:
+    """An encoder reads a source in one step: of the length that it was trained on at the least,
+    whoever else runs a token."""
+    if not isinstance(config, Seq2SeqConfig):
+        return settings
+    engine = settings.engine
+    tokens = max(engine.step_tokens, config.trained_tokens + engine.max_slots)
+    return replace(settings, engine=replace(engine, step_tokens=tokens))
 
 
 def _memory(

@@ -41,6 +41,7 @@ from fastserve_jax.models.decoder import (
 )
 from fastserve_jax.models.layers import Matrix, best_output, drawn_output, project
 from fastserve_jax.models.parts import WHOLE, Parts
+from fastserve_jax.models.seq2seq import Seq2Seq
 from pallas_kernels import KVLayout, target
 
 from . import sampling
@@ -64,6 +65,7 @@ class StepShape:
     num_pages: int
     host_pages: int = 0  # 0: no host tier
     guesses: int = 0  # tokens that a row may run ahead of what is known; 0: none
+    encodes: bool = False  # prompts are sources, which an encoder reads
 
     @property
     def pages_per_row(self) -> int:
@@ -137,7 +139,7 @@ class Steps:
     """The functions of one model, to be compiled; pure but for what is donated. Those of a part, if
     there are several: for its share of the heads, and with all slots."""
 
-    graph: nnx.GraphDef[Decoder]
+    graph: nnx.GraphDef[Decoder] | nnx.GraphDef[Seq2Seq]
     config: ModelConfig  # of the whole
     shape: StepShape
     parts: Parts = WHOLE
@@ -227,7 +229,8 @@ def programs(steps: Steps, params: State, dtype: DTypeLike) -> Iterator[Program]
     head = jax.tree.map(abstract, head_of(config, params))
     slots = shape.max_slots
     table = ints(slots, shape.pages_per_row)
-    batch = Batch(ints(slots), ints(slots), table, ints(slots + 1), ints(2))
+    sources = ints(slots) if shape.encodes else None
+    batch = Batch(ints(slots), ints(slots), table, ints(slots + 1), ints(2), sources)
     # By their leaves alone: to flatten a state of hundreds of variables costs each step 0.25 ms.
     leaves, tree = jax.tree.flatten(jax.tree.map(abstract, params))
     divided = [spec_of(axes) for axes in all_axes(params)]

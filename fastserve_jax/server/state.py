@@ -76,6 +76,7 @@ class Served:
     context: int  # tokens, prompt and output together
     template: ChatTemplate | None = None
     defaults: Defaults = field(default_factory=Defaults)
+    opening: tuple[int, ...] = ()  # ids that every answer begins behind, whatever the prompt is
     created: int = field(default_factory=lambda: int(time.time()))  # unix seconds
 
     @property

@@ -1,6 +1,6 @@
-"""A tokenizer from a Hugging Face folder: tokenizer.json, or tokenizer.model beside it.
+"""A tokenizer from a Hugging Face folder: tokenizer.json, or a SentencePiece model beside it.
 
-Byte-level BPE goes through `tokenizers`; for the rest tokenizer.model is preferred.
+Byte-level BPE goes through `tokenizers`; for the rest tokenizer.model or spiece.model is preferred.
 """
 
 from __future__ import annotations
@@ -49,13 +49,18 @@ def _from_folder(folder: Path) -> Tokenizer:
     kind = data["model"].get("type") if data else None
     if kind == "BPE" and '"ByteLevel"' in json.dumps(data.get("decoder")):
         return _from_backend(settings, data, byte_level=True)
-    if (folder / "tokenizer.model").is_file():
-        return _from_sentencepiece(settings, _read(folder / "tokenizer.model"))
-    if kind == "BPE" and data["model"].get("byte_fallback"):
+    for name in ("tokenizer.model", "spiece.model"):
+        if (folder / name).is_file():
+            return _from_sentencepiece(settings, _read(folder / name))
+    if kind == "Unigram" or (kind == "BPE" and data["model"].get("byte_fallback")):
         return _from_backend(settings, data, byte_level=False)
     if data:
-        raise ModelFileError(f"{folder}/tokenizer.json: only BPE is supported, this is {kind}")
-    raise ModelFileError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
+        raise ModelFileError(
+            f"{folder}/tokenizer.json: BPE and Unigram are supported, this is {kind}"
+        )
+    raise ModelFileError(
+        f"{folder}: neither tokenizer.json nor tokenizer.model nor spiece.model is there"
+    )
 
 
 def _read(path: Path) -> bytes:
@@ -108,6 +113,7 @@ class _Settings:
         }
         ends = _ids(_json(folder / "generation_config.json").get("eos_token_id"))
         self.ends = ends or _ids(_json(folder / "config.json").get("eos_token_id"))
+        self.has_encoder = _json(folder / "config.json").get("is_encoder_decoder") is True
         must = set(self.named.values())
         self.added: dict[int, _Added] = {}
         for token in listed:
@@ -144,6 +150,7 @@ class _Settings:
             prefix_after_control=prefix_after_control,
             chat_template=self._chat_template(),
             named=self.named,
+            closing=(eos,) if self.has_encoder and eos is not None else (),
         )
 
     def _chat_template(self) -> str | None:
@@ -180,7 +187,8 @@ def _from_sentencepiece(settings: _Settings, data: bytes) -> Tokenizer:
 
 
 def _from_backend(settings: _Settings, data: dict[str, Any], byte_level: bool) -> Tokenizer:
-    vocab: dict[str, int] = data["model"]["vocab"]
+    listed = data["model"]["vocab"]  # by Unigram, with scores
+    vocab = listed if isinstance(listed, dict) else {p: id for id, (p, _) in enumerate(listed)}
     pieces = [b""] * (max([*vocab.values(), *settings.added]) + 1)
     for token, id in vocab.items():
         pieces[id] = token_to_bytes(token) if byte_level else piece_to_bytes(token, True)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastserve_jax.errors import ModelFileError
-from fastserve_jax.models.config import ModelConfig
+from fastserve_jax.models.config import ModelConfig, Seq2SeqConfig
 from fastserve_jax.weights.catalogue import embedded, embedded_names, read_catalogue
 from fastserve_jax.weights.encoder import EncoderFiles, is_encoder, open_encoder, unpacked
 from fastserve_jax.weights.gguf import GgufFile
@@ -341,6 +341,7 @@ def open_folder(path: Path, name: str) -> ModelFiles:
     if is_encoder(path):
         raise ModelFileError(f"{name} is an encoder: it writes no text")
     config, names = _config_of(path)
+    has_encoder = isinstance(config, Seq2SeqConfig)
     source = Checkpoint(path) if is_checkpoint(path) else Folder(path, names)
     return ModelFiles(
         name=name,
@@ -349,7 +350,8 @@ def open_folder(path: Path, name: str) -> ModelFiles:
         licence="",
         notice="",
         tokenizer_source=path,
-        sampling=read_sampling(path),
+        # Of an encoder-decoder the likeliest is wanted, unless its makers say otherwise.
+        sampling=read_sampling(path) or ({"temperature": 0.0} if has_encoder else {}),
         _source=source,
         _names=names,
     )

@@ -2,8 +2,9 @@
 
 import jax.numpy as jnp
 
-from fastserve_jax.models.decoder import abstract, fill, parameters
+from fastserve_jax.models.decoder import fill, parameters
 from fastserve_jax.models.precision import Precision
+from fastserve_jax.models.seq2seq import abstract
 from fastserve_jax.runtime.compile import compile_all
 from fastserve_jax.runtime.drafter import Drafter, draft_programs, empty_draft_pages
 from fastserve_jax.runtime.host import empty_host_pages
