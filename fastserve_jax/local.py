@@ -43,7 +43,9 @@ class Local:
     def converse(self, system: str | None, max_tokens: int, temperature: float) -> None:
         if self._loaded.opening:
             name = self._loaded.name
-            raise ConfigError(f"{name} has an encoder and holds no conversation: fastserve generate")
+            raise ConfigError(
+                f"{name} has an encoder and holds no conversation: fastserve generate"
+            )
         asyncio.run(self._converse(system, max_tokens, temperature))
 
     async def _converse(self, system: str | None, max_tokens: int, temperature: float) -> None:

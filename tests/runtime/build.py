@@ -44,7 +44,11 @@ def build_runner(
 ):
     """-> runner, float32 arrays by canonical name, after `edit` had its way with them."""
     graph, params, arrays = random_model(config, dtype, seed, edit)
+    return runner_of(graph, config, shape, params, dtype, lower, drafter), arrays
+
+
+def runner_of(graph, config, shape, params, dtype, lower=Program.lower, drafter=None):
     compiled = compile_all(programs(Steps(graph, config, shape), params, dtype), lower=lower)
     kv_pages = empty_pages(config, shape, dtype)
     host_pages = empty_host_pages(shape.host_layout(config), dtype, None)
-    return DeviceRunner(config, params, kv_pages, shape, compiled, host_pages, drafter), arrays
+    return DeviceRunner(config, params, kv_pages, shape, compiled, host_pages, drafter)
