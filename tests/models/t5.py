@@ -70,6 +70,8 @@ def tensors_of(config, seed=0):
     def made(name, shape):
         if name.endswith("norm"):
             return 1 + 0.3 * rng.standard_normal(shape)
+        if name == "shared" and "lm_head" not in shapes:
+            return 0.1 * rng.standard_normal(shape)  # or the last token would come again and again
         if "bias" in name or name in ("shared", "lm_head"):
             return rng.standard_normal(shape)
         scale = 0.5 if name[-2:] in (".q", ".k") else 1.0
