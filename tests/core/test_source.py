@@ -33,11 +33,11 @@ def test_each_source_is_in_one_step_and_the_first_in_rank_waits_for_room():
 
 def test_sources_that_begin_alike_share_nothing_and_the_same_one_its_full_pages():
     made = driver()
-    for prompt in (range(13), range(14), range(13)):  # 12 of a source fill three pages
-        made.submit(prompt, max_tokens=3)
+    for length in (17, 13, 14, 13):  # 12 of a source fill three pages
+        made.submit(range(length), max_tokens=3)
         made.run()
-    assert [made.started[id].cached_tokens for id in (1, 2, 3)] == [0, 0, 12]
-    assert sources_run(made) == [(1, 0, 13), (2, 0, 14)]
+    assert [made.started[id].cached_tokens for id in (1, 2, 3, 4)] == [0, 0, 0, 12]
+    assert sources_run(made) == [(1, 0, 17), (2, 0, 13), (3, 0, 14)]
     made.assert_all_as_alone()
 
 
