@@ -84,12 +84,18 @@ class Fitted:
 def fit(files: ModelFiles, settings: Settings, draft: DraftModel | None) -> Fitted:
     """On all devices there are. Raises ConfigError and DoesNotFit."""
     division = _division(files.config, settings)
+    encodes = isinstance(files.config, Seq2SeqConfig)
+    if encodes and division is not None:
+        raise ConfigError(
+            f"{files.name} has an encoder, which runs on one device, and there are "
+            f"{division.mesh.size}: let one be seen (CUDA_VISIBLE_DEVICES=0, TPU_VISIBLE_CHIPS=0)"
+        )
     precision = precision_of(settings.model, files)
     parts = WHOLE if division is None else division.parts
     graph, empty = abstract(files.config, precision, parts)
     settings = _with_room_for_sources(files.config, settings)
     memory = _memory(files.config, settings, precision, empty, parts, draft)
-    engine, encodes = settings.engine, isinstance(files.config, Seq2SeqConfig)
+    engine = settings.engine
     limits = Limits(
         page_size=memory.page_size,
         num_pages=memory.num_pages,
