@@ -34,7 +34,7 @@ from fastserve_jax.fitting import Fitted, find_draft, fit
 from fastserve_jax.group.leader import START_S, Leader
 from fastserve_jax.group.membership import Membership
 from fastserve_jax.models.adapters import empty_adapters
-from fastserve_jax.models.config import ModelConfig
+from fastserve_jax.models.config import ModelConfig, Seq2SeqConfig
 from fastserve_jax.models.decoder import State
 from fastserve_jax.reading import read
 from fastserve_jax.runtime.compile import Compiled, compile_all, keep_compiled
@@ -95,6 +95,12 @@ class Loaded:
     draft_cost: DraftCost | None = None  # of a draft model, where there is one
     replicas: int = 1
     dtype: DTypeLike = jnp.bfloat16  # of what is not quantised
+
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """Ids that an answer begins behind, whatever the prompt is."""
+        config = self.config
+        return (config.start_token,) if isinstance(config, Seq2SeqConfig) else ()
 
     def scheduler(self, policy: str | None = None) -> Scheduler | Replicas:
         """A new one, with nobody in it; `policy` None takes the setting."""

@@ -24,10 +24,11 @@ from fastserve_jax.core.sequence import Limits
 from fastserve_jax.draft_model import DraftModel, open_draft, plan_draft
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.models.adapters import NO_ROOM, AdapterRoom, empty_adapters
-from fastserve_jax.models.config import ModelConfig
-from fastserve_jax.models.decoder import Decoder, State, abstract
+from fastserve_jax.models.config import ModelConfig, Seq2SeqConfig
+from fastserve_jax.models.decoder import Decoder, State
 from fastserve_jax.models.parts import WHOLE, Parts
 from fastserve_jax.models.precision import Precision
+from fastserve_jax.models.seq2seq import Seq2Seq, abstract
 from fastserve_jax.reading import Division
 from fastserve_jax.runtime.memory import (
     MemoryPlan,
@@ -53,7 +54,7 @@ class Fitted:
     files: ModelFiles
     division: Division | None  # None: one device
     precision: Precision
-    graph: nnx.GraphDef[Decoder]
+    graph: nnx.GraphDef[Decoder] | nnx.GraphDef[Seq2Seq]
     empty: State  # parameters as shapes
     draft: DraftModel | None
     limits: Limits
@@ -76,6 +77,7 @@ class Fitted:
             host_pages=limits.host_pages,
             guesses=limits.guesses,
             adapters=self.adapters,
+            encodes=limits.encodes,
         )
 
     @property
@@ -86,12 +88,20 @@ class Fitted:
 def fit(files: ModelFiles, settings: Settings, draft: DraftModel | None) -> Fitted:
     """On all devices there are. Raises ConfigError and DoesNotFit."""
     division = _division(files.config, settings)
+    encodes = isinstance(files.config, Seq2SeqConfig)
+    if encodes and division is not None:
+        raise ConfigError(
+            f"{files.name} has an encoder, which runs on one device, and there are "
+            f"{division.mesh.size}: let one be seen (CUDA_VISIBLE_DEVICES=0, TPU_VISIBLE_CHIPS=0)"
+        )
     precision = precision_of(settings.model, files)
     parts = WHOLE if division is None else division.parts
     graph, empty = abstract(files.config, precision, parts)
-    room = _room(settings.lora)
+    settings = _with_room_for_sources(files.config, settings)
+    room = _room(files.config, settings.lora)
     adapters = jax.eval_shape(lambda: empty_adapters(files.config, room, precision.dtype))
     memory = _memory(files.config, settings, precision, (empty, adapters), parts, draft)
+    engine, encodes = settings.engine, isinstance(files.config, Seq2SeqConfig)
     engine = settings.engine
     limits = Limits(
         page_size=memory.page_size,
@@ -103,14 +113,17 @@ def fit(files: ModelFiles, settings: Settings, draft: DraftModel | None) -> Fitt
         max_queue=engine.max_queue,
         max_live=engine.max_queue + engine.max_slots,
         # Replicas step together, and one that guesses would have the others wait.
-        guesses=_guesses(engine) if division is None or division.replicas == 1 else 0,
+        guesses=0 if encodes or (division and division.replicas > 1) else _guesses(engine),
         drafts=0 if draft is None else draft.shape.rows,
         draft_context=0 if draft is None else draft.shape.context,
+        encodes=encodes,
     )
     return Fitted(files, division, precision, graph, empty, draft, limits, memory, room)
 
 
-def _room(lora: LoraSettings) -> AdapterRoom:
+def _room(config: ModelConfig | Seq2SeqConfig, lora: LoraSettings) -> AdapterRoom:
+    if lora.count and isinstance(config, Seq2SeqConfig):
+        raise ConfigError("adapters are served beside decoders, not beside an encoder-decoder")
     if lora.count and jax.device_count() > 1:
         raise ConfigError(
             f"adapters are served on one device, and there are {jax.device_count()}: merge them "
@@ -128,6 +141,8 @@ def find_draft(
     """The draft model that settings name, opened and fitted beside `files`."""
     if not settings.model.draft:
         return None
+    if isinstance(files.config, Seq2SeqConfig):
+        raise ConfigError(f"{files.name} has an encoder: leave model.draft out, nothing is guessed")
     if jax.device_count() > 1:
         raise ConfigError(
             f"a draft model works on one device, and there are {jax.device_count()}: leave it out, "
@@ -150,6 +165,16 @@ def _division(config: ModelConfig, settings: Settings) -> Division | None:
     if len(devices) == 1:
         return None
     return Division(make_mesh(devices, **axes))
+
+
+def _with_room_for_sources(config: ModelConfig, settings: Settings) -> Settings:
+    """An encoder reads a source in one step: of the length that it was trained on at the least,
+    whoever else runs a token."""
+    if not isinstance(config, Seq2SeqConfig):
+        return settings
+    engine = settings.engine
+    tokens = max(engine.step_tokens, config.trained_tokens + engine.max_slots)
+    return replace(settings, engine=replace(engine, step_tokens=tokens))
 
 
 def _memory(

@@ -102,14 +102,17 @@ class Hosting:
 
 
 def _served(loaded: Loaded, engine: Engine, name: str) -> Served:
+    has_template = loaded.tokenizer.chat_template is not None
     return Served(
         name=name,
         engine=engine,
         tokenizer=loaded.tokenizer,
         context=min(loaded.limits.max_context, loaded.limits.page_size * loaded.limits.num_pages),
-        template=loaded.template,
+        # The plain one is for models that continue a text.
+        template=None if loaded.opening and not has_template else loaded.template,
         defaults=loaded.defaults,
         root=loaded.name,
+        opening=loaded.opening,
     )
 
 

@@ -13,7 +13,7 @@ from fastserve_jax.assemble import load
 from fastserve_jax.config import Settings
 from fastserve_jax.core.types import DoneEvent, Finish, Request, Sampling, TokenEvent
 from fastserve_jax.engine import Engine
-from fastserve_jax.errors import EngineFailed
+from fastserve_jax.errors import ConfigError, EngineFailed
 from fastserve_jax.terminal import Bars
 
 
@@ -32,14 +32,20 @@ class Local:
 
     def complete(self, prompt: str, max_tokens: int, temperature: float, seed: int) -> None:
         async def run() -> None:
-            ids = self._loaded.tokenizer.encode(prompt)
-            async with self._loaded.engine() as engine:
-                print(prompt, end="", flush=True)
+            loaded = self._loaded
+            ids = [*loaded.tokenizer.encode(prompt), *loaded.opening]
+            async with loaded.engine() as engine:
+                print("" if loaded.opening else prompt, end="", flush=True)
                 await self._answer(engine, ids, max_tokens, temperature, seed)
 
         asyncio.run(run())
 
     def converse(self, system: str | None, max_tokens: int, temperature: float) -> None:
+        if self._loaded.opening:
+            name = self._loaded.name
+            raise ConfigError(
+                f"{name} has an encoder and holds no conversation: fastserve generate"
+            )
         asyncio.run(self._converse(system, max_tokens, temperature))
 
     async def _converse(self, system: str | None, max_tokens: int, temperature: float) -> None:

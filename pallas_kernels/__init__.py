@@ -11,7 +11,7 @@ hold them to. `cpu` has kernels of its own, compiled with the package.
 """
 
 from . import cpu
-from .dispatch import ragged_paged_attention
+from .dispatch import prepare, ragged_paged_attention
 from .layout import KVLayout, write_kv
 from .moe import moe_grouped_matmul
 from .page_copy import gather_pages, scatter_pages
@@ -26,6 +26,7 @@ __all__ = [
     "cpu",
     "gather_pages",
     "moe_grouped_matmul",
+    "prepare",
     "quant_matmul",
     "ragged_paged_attention",
     "row_of_token",

@@ -26,6 +26,13 @@ def implementation(q: jax.Array, kv_pages: jax.Array) -> str:
             return "xla"
 
 
+def prepare() -> None:
+    """Before a program is compiled that was traced in another process. On a GPU jax says where the
+    library lies that its kernels call, when their module is imported."""
+    if target().platform == "gpu":
+        from . import gpu  # noqa: F401
+
+
 def ragged_paged_attention(
     q: jax.Array, kv_pages: jax.Array, *rows: jax.Array, by: str | None = None, **options: Any
 ) -> Any:

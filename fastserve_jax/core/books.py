@@ -83,7 +83,7 @@ class Books:
         if seq.tail is not None and seq.tail[0] // size == len(found.pages) and seq.tail[0] <= most:
             positions, digest = seq.tail
             found.add(find(digest), find_host(digest), positions - found.positions)
-        return found
+        return found if found.positions >= seq.source else Match()
 
     def admit(self, seq: Sequence, found: Match, total: int) -> None:
         """Give `seq` a slot, what was found, and new pages up to `total`."""

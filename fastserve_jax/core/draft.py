@@ -193,7 +193,8 @@ class Draft:
                 return False
         # A page for everybody before it, or their next page would throw it out again at once.
         pages = private + self._room.better(seq) + len(self._admitted)
-        if not self._make_room(seq, pages=pages, slots=1, tokens=1, keep=found.on_device):
+        tokens = 1 if found.positions >= seq.source else seq.source + 1
+        if not self._make_room(seq, pages=pages, slots=1, tokens=tokens, keep=found.on_device):
             return False
         books.admit(seq, found, total)
         self._room.changed()

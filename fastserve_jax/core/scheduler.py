@@ -20,6 +20,7 @@ from .ordering import Policy
 from .proposal import DraftCost
 from .room import Room
 from .sequence import Limits, Sequence
+from .source import refuse_source, sequence_of
 from .speculate import Speculation
 from .stats import Stats
 from .types import (
@@ -92,7 +93,7 @@ class Scheduler:
             self._rejected += 1
             raise
         assert request.id not in self._books.sequences, f"request {request.id} is live already"
-        seq = Sequence(request, list(request.prompt), submitted=now)
+        seq = sequence_of(request, self.limits, now)
         self._books.enter(seq)
         cached_tokens = self._books.match(seq).positions
         self._policy.join(seq, seq.prompt_tokens - cached_tokens, now)
@@ -106,6 +107,7 @@ class Scheduler:
         limits, prompt, output = self.limits, len(request.prompt), request.sampling.max_tokens
         if not prompt:
             raise InvalidRequest("the prompt is empty: give at least one token", param="prompt")
+        refuse_source(request, limits)
         if prompt + output > limits.max_context:
             raise InvalidRequest(
                 f"{prompt} prompt tokens and max_tokens {output} make {prompt + output}, more than "

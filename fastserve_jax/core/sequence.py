@@ -13,7 +13,7 @@ from .lookup import Lookup
 from .proposal import Proposal
 from .types import LEGAL_MOVES, Finish, Phase, Request
 
-_MAY_BE_NONE = ("host_pages", "guesses", "drafts", "draft_context")
+_MAY_BE_NONE = ("host_pages", "guesses", "drafts", "draft_context", "encodes")
 
 # (level, priority, what the policy orders by, turn): smaller goes first; turns are unique
 Rank = tuple[int, int, float, int]
@@ -34,6 +34,8 @@ class Limits:
     guesses: int = 0  # tokens that one sequence may run ahead of what is known; 0: none
     drafts: int = 0  # sequences that a draft model looks ahead for at once; 0: there is none
     draft_context: int = 0  # tokens that it may run of each
+    # A prompt, but for its last token, is a source: an encoder reads it whole, in one step.
+    encodes: bool = False
 
     def __post_init__(self) -> None:
         for limit in fields(self):
@@ -52,6 +54,11 @@ class Limits:
         """Tokens that may be drawn in one step."""
         return max(self.max_slots, 1 + self.guesses)
 
+    @property
+    def longest_source(self) -> int:
+        """What there is room for in a step, whoever else runs a token in it."""
+        return self.step_tokens - self.max_slots
+
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
@@ -67,6 +74,7 @@ class Sequence:
 
     request: Request
     tokens: list[int]  # prompt and known output
+    source: int = 0  # of them, the first that are run in one step or not at all
     phase: Phase = Phase.WAITING
     rank: Rank = (0, 0, 0.0, 0)
     finish: Finish | None = None

@@ -14,6 +14,7 @@ from jax import export
 from numpy.typing import NDArray
 
 from fastserve_jax.errors import ConfigError
+from fastserve_jax.models.config import Seq2SeqConfig
 from fastserve_jax.models.decoder import parameters
 from fastserve_jax.models.whole import logits_at, place_alone
 from fastserve_jax.terminal import Bars, console
@@ -34,6 +35,8 @@ def run_export(reference: str, out: Path, cache_dir: Path) -> None:
         raise ConfigError(f"{out} is there already: take another name")
     with Bars() as bars:
         files = open_model(reference, cache_dir, bars.pull)
+    if isinstance(files.config, Seq2SeqConfig):
+        raise ConfigError(f"{files.name} has an encoder: there is no form that it is exported to")
     if out.suffix == ".gguf":
         source = files.tokenizer_source
         words = gguf_vocabulary(source) if isinstance(source, Path) else dict(source)

@@ -29,7 +29,7 @@ class ModelConfig:
     the factor itself (never 1 + w). Rotary embedding is rotate-half.
     """
 
-    family: str  # "llama", "qwen2", "qwen3", "gemma3", "gpt2", "mixtral", "qwen3_moe"
+    family: str  # "llama", "qwen2", "qwen3", "gemma3", "gpt2", "mixtral", "qwen3_moe", "t5"
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -40,7 +40,7 @@ class ModelConfig:
     max_context: int
     norm_eps: float
     layer_norm: bool = False  # LayerNorm with bias, else RMSNorm
-    activation: str = "silu"  # "silu" | "gelu_tanh"
+    activation: str = "silu"  # "silu" | "gelu_tanh" | "relu"
     gated_mlp: bool = True
     qkv_bias: bool = False
     linear_bias: bool = False  # on attention output and both MLP layers
@@ -61,3 +61,17 @@ class ModelConfig:
 
     def window(self, layer: int) -> int:
         return self.windows[layer] if self.windows else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Seq2SeqConfig(ModelConfig):
+    """A decoder that listens to an encoder (Raffel et al., "T5", 2019). What is said of layers and
+    heads is the decoder's, and heads and sizes are the encoder's too. Positions are a bias on
+    scores by distance: `position_buckets` of them, the last from `farthest` on.
+    """
+
+    encoder_layers: int = 1
+    position_buckets: int = 32
+    farthest: int = 128
+    start_token: int = 0  # what a target begins behind
+    trained_tokens: int = 512  # of a source, and of a target

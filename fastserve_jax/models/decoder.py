@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fastserve_jax.errors import ConfigError
 from pallas_kernels import KVLayout, cpu, ragged_paged_attention, row_of_token, write_kv
 
 from .adapters import Adapters, Lora
-from .config import ModelConfig
+from .config import ModelConfig, Seq2SeqConfig
 from .experts import Experts
 from .layers import (
     Embedding,
@@ -42,13 +43,14 @@ type State = nnx.State[Any, Any]  # parameters by path
 
 
 class Batch(NamedTuple):
-    """One step's rows, all int32; see pallas_kernels.ragged_paged_attention for the last four."""
+    """One step's rows, all int32; see pallas_kernels.ragged_paged_attention for the middle four."""
 
     slots: Array  # [rows] where each row's tokens are kept
     kv_lens: Array  # [rows] with this step's tokens
     page_table: Array  # [rows, pages_per_row]
     cu_q_lens: Array  # [rows + 1]
     distribution: Array  # [2]
+    sources: Array | None = None  # [rows] tokens that an encoder reads; None: there is no encoder
 
 
 class Place(NamedTuple):
@@ -119,7 +121,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         config, dim = self.config, self.config.head_dim
         scale = dim**-0.5 if config.attention_scale is None else config.attention_scale
-        rows = () if batch is None else tuple(map(jnp.asarray, batch[1:]))
+        rows = () if batch is None else tuple(map(jnp.asarray, batch[1:5]))
         if kv_pages is not None and cpu.runs() and cpu.fits(dim, kv_pages.dtype):
             norms = (self.q_norm, self.k_norm) if config.qk_norm else (None, None)
             return cpu.paged_attention(
@@ -318,7 +320,12 @@ def abstract(
     config: ModelConfig, precision: Precision, parts: Parts = WHOLE
 ) -> tuple[nnx.GraphDef[Decoder], State]:
     """The decoder's graph and its parameters as ShapeDtypeStructs; nothing is allocated. Of `parts`
-    each has such ones."""
+    each has such ones. Raises ConfigError of a model with an encoder: that is seq2seq.py's."""
+    if isinstance(config, Seq2SeqConfig):
+        raise ConfigError(
+            f"a {config.family} model has an encoder: it can be served, and not be trained, "
+            "measured, planned, exported or drafted with"
+        )
     graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, precision, parts)))
     return graph, state
 

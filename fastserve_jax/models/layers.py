@@ -226,6 +226,8 @@ class Embedding(nnx.Module):
 
 
 def activate(kind: str, x: jax.Array) -> jax.Array:
+    if kind == "relu":
+        return jax.nn.relu(x)
     return jax.nn.silu(x) if kind == "silu" else jax.nn.gelu(x, approximate=True)
 
 

@@ -88,6 +88,7 @@ class Lane:
         rows = self.shape.max_slots
         slots, kv_lens = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         cu_q_lens = np.zeros(rows + 1, np.int32)
+        sources = np.zeros(rows, np.int32) if self.shape.encodes else None
         ones = tokens = 0
         for row, work in enumerate(works):
             end = work.first_page + len(work.pages)
@@ -96,9 +97,11 @@ class Lane:
             tokens += work.count
             cu_q_lens[row + 1] = tokens
             ones += work.count == 1
+            if sources is not None:  # all of a prompt but the token that a target begins behind
+                sources[row] = self._given[work.slot].prompt_tokens - 1
         cu_q_lens[len(works) + 1 :] = tokens
         distribution = np.array([ones, len(works)], np.int32)
-        return Batch(slots, kv_lens, self._page_table[slots], cu_q_lens, distribution)
+        return Batch(slots, kv_lens, self._page_table[slots], cu_q_lens, distribution, sources)
 
     def adapters(self, works: tuple[Work, ...]) -> NDArray[np.int32]:
         """Of each row; 0: none."""

@@ -51,6 +51,7 @@ from fastserve_jax.models.decoder import (
 )
 from fastserve_jax.models.layers import Matrix, best_output, drawn_output, project
 from fastserve_jax.models.parts import WHOLE, Parts
+from fastserve_jax.models.seq2seq import Seq2Seq
 from pallas_kernels import KVLayout, target
 
 from . import sampling
@@ -75,6 +76,7 @@ class StepShape:
     host_pages: int = 0  # 0: no host tier
     guesses: int = 0  # tokens that a row may run ahead of what is known; 0: none
     adapters: AdapterRoom = NO_ROOM
+    encodes: bool = False  # prompts are sources, which an encoder reads
 
     @property
     def pages_per_row(self) -> int:
@@ -148,7 +150,7 @@ class Steps:
     """The functions of one model, to be compiled; pure but for what is donated. Those of a part, if
     there are several: for its share of the heads, and with all slots."""
 
-    graph: nnx.GraphDef[Decoder]
+    graph: nnx.GraphDef[Decoder] | nnx.GraphDef[Seq2Seq]
     config: ModelConfig  # of the whole
     shape: StepShape
     parts: Parts = WHOLE
@@ -171,9 +173,11 @@ class Steps:
         `of_rows` [rows] int32 is each row's adapter, from 1, 0 for none."""
         at = place(batch, tokens, self.shape.layout(self.own))
         given = history[jnp.asarray(batch.slots)[at.rows], at.positions]
-        own = None if of_rows is None else own_columns(of_rows[at.rows], self.shape.adapters)
-        decoder = nnx.merge(self.graph, params)
-        hidden, kv_pages = decoder(given, kv_pages, batch, at, adapters, own)
+        model = nnx.merge(self.graph, params)
+        adapted: tuple[Any, ...] = ()
+        if of_rows is not None:
+            adapted = adapters, own_columns(of_rows[at.rows], self.shape.adapters)
+        hidden, kv_pages = model(given, kv_pages, batch, at, *adapted)
         spare = self.shape.token_buckets[-1] - tokens
         return kv_pages, jnp.pad(hidden, ((0, spare), (0, 0)))
 
@@ -276,8 +280,8 @@ def _forwards(
     steps: Steps, params: State, kv_pages: list[Any], history: Any, dtype: DTypeLike
 ) -> Iterator[Program]:
     shape, slots = steps.shape, steps.shape.max_slots
-    table = ints(slots, shape.pages_per_row)
-    batch = Batch(ints(slots), ints(slots), table, ints(slots + 1), ints(2))
+    table, sources = ints(slots, shape.pages_per_row), ints(slots) if shape.encodes else None
+    batch = Batch(ints(slots), ints(slots), table, ints(slots + 1), ints(2), sources)
     # By their leaves alone: to flatten a state of hundreds of variables costs each step 0.25 ms.
     leaves, tree = jax.tree.flatten(jax.tree.map(abstract, params))
     specs = ([spec_of(axes) for axes in all_axes(params)], PAGES, REPLICAS, HOST)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax import export
 
-from pallas_kernels import cpu
+from pallas_kernels import cpu, prepare
 
 from . import kept
 from .shapes import Program
@@ -35,6 +35,7 @@ def lower_kept(program: Program, folder: Path, facts: object) -> jax.stages.Lowe
         except (NotImplementedError, ValueError):  # a custom call that promises nothing
             return program.lower()
         kept.write(path, data)
+    prepare()
     exported = export.deserialize(bytearray(data))
 
     def call(*args: Any) -> Any:

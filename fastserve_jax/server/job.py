@@ -186,6 +186,7 @@ def build(
     deadline = _deadline(state, served, fields, timeout_header)
     client, session = _accounts(fields, owner)
     requests, choices = [], []
+    prompts = [[*prompt, *served.opening] for prompt in prompts]
     for prompt in prompts:
         max_tokens = output_limit(served, prompt, limit, default_limit)
         check_ids(prompt, limits.vocab_size, "prompt")

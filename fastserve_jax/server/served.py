@@ -86,6 +86,7 @@ class Served:
     context: int  # tokens, prompt and output together
     template: ChatTemplate | None = None
     defaults: Defaults = field(default_factory=Defaults)
+    opening: tuple[int, ...] = ()  # ids that every answer begins behind, whatever the prompt is
     root: str = ""  # which model or version that is, where it is not the name
     created: int = field(default_factory=lambda: int(time.time()))  # unix seconds
     adapters: Adapters | None = None  # None: there is no room for any

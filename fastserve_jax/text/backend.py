@@ -15,6 +15,7 @@ class Prefix:
     space: bool = False
     unless_there: bool = False  # text that begins with a space gets no second one
     after_control: bool = True  # also where a control token stands before the text
+    ours: bool = True  # else the library adds it, to every text
 
 
 def take_prefix(data: dict[str, Any]) -> Prefix:
@@ -23,7 +24,10 @@ def take_prefix(data: dict[str, Any]) -> Prefix:
         if step.get("type") == "Prepend":
             step["prepend"] = ""
             return Prefix(space=True)
-    for step in _steps(data, "pre_tokenizer", "pretokenizers"):
+    steps = _steps(data, "pre_tokenizer", "pretokenizers")
+    if any(step.get("type") == "WhitespaceSplit" for step in steps):  # would take ours away again
+        return Prefix(any(step.get("type") == "Metaspace" for step in steps), ours=False)
+    for step in steps:
         if step.get("type") == "Metaspace":
             scheme = step.get("prepend_scheme", "always")
             step["prepend_scheme"] = "never"
@@ -44,7 +48,8 @@ def build_encoder(backend: Any, prefix: Prefix) -> Encode:
 
     def encode(text: str, at_start: bool) -> list[int]:
         text.encode()  # a lone surrogate: the library raises something less telling
-        if at_start and prefix.space and not (prefix.unless_there and text.startswith(" ")):
+        adds = prefix.space and prefix.ours
+        if at_start and adds and not (prefix.unless_there and text.startswith(" ")):
             text = " " + text
         ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         return ids

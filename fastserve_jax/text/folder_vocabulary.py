@@ -1,6 +1,6 @@
-"""A tokenizer from a Hugging Face folder: tokenizer.json, or tokenizer.model beside it.
+"""A tokenizer from a Hugging Face folder: tokenizer.json, or a SentencePiece model beside it.
 
-Byte-level BPE goes through `tokenizers`; for the rest tokenizer.model is preferred.
+Byte-level BPE goes through `tokenizers`; for the rest tokenizer.model or spiece.model is preferred.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fastserve_jax.text.sentencepiece_model import parse_model, piece_to_bytes
 from fastserve_jax.text.tokenizer import Tokenizer, Vocabulary
 
 _MAX_FILE_BYTES = 256 << 20
+_MAX_SENTINELS = 1000
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 _PIECE = proto.ModelProto.SentencePiece
 
@@ -49,13 +50,18 @@ def _from_folder(folder: Path) -> Tokenizer:
     kind = data["model"].get("type") if data else None
     if kind == "BPE" and '"ByteLevel"' in json.dumps(data.get("decoder")):
         return _from_backend(settings, data, byte_level=True)
-    if (folder / "tokenizer.model").is_file():
-        return _from_sentencepiece(settings, _read(folder / "tokenizer.model"))
-    if kind == "BPE" and data["model"].get("byte_fallback"):
+    for name in ("tokenizer.model", "spiece.model"):
+        if (folder / name).is_file():
+            return _from_sentencepiece(settings, _read(folder / name))
+    if kind == "Unigram" or (kind == "BPE" and data["model"].get("byte_fallback")):
         return _from_backend(settings, data, byte_level=False)
     if data:
-        raise ModelFileError(f"{folder}/tokenizer.json: only BPE is supported, this is {kind}")
-    raise ModelFileError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
+        raise ModelFileError(
+            f"{folder}/tokenizer.json: BPE and Unigram are supported, this is {kind}"
+        )
+    raise ModelFileError(
+        f"{folder}: neither tokenizer.json nor tokenizer.model nor spiece.model is there"
+    )
 
 
 def _read(path: Path) -> bytes:
@@ -108,6 +114,11 @@ class _Settings:
         }
         ends = _ids(_json(folder / "generation_config.json").get("eos_token_id"))
         self.ends = ends or _ids(_json(folder / "config.json").get("eos_token_id"))
+        # T5's, which stand for what is left out of a text: the last one first.
+        extra = self.config.get("extra_ids")
+        count = extra if isinstance(extra, int) and 0 <= extra <= _MAX_SENTINELS else 0
+        self.sentinels = [f"<extra_id_{number}>" for number in reversed(range(count))]
+        self.has_encoder = _json(folder / "config.json").get("is_encoder_decoder") is True
         must = set(self.named.values())
         self.added: dict[int, _Added] = {}
         for token in listed:
@@ -144,6 +155,7 @@ class _Settings:
             prefix_after_control=prefix_after_control,
             chat_template=self._chat_template(),
             named=self.named,
+            closing=(eos,) if self.has_encoder and eos is not None else (),
         )
 
     def _chat_template(self) -> str | None:
@@ -158,6 +170,10 @@ class _Settings:
 
 def _from_sentencepiece(settings: _Settings, data: bytes) -> Tokenizer:
     model = parse_model(data)
+    listed = {token.text for token in settings.added.values()}
+    for text in settings.sentinels:  # behind the pieces of the file, where no list says otherwise
+        if text not in listed:
+            model.pieces.add(piece=text, score=0, type=_PIECE.CONTROL)
     for token in sorted(settings.added.values(), key=lambda token: token.id):
         kind = _PIECE.CONTROL if token.special else _PIECE.USER_DEFINED
         while len(model.pieces) < token.id:
@@ -179,8 +195,20 @@ def _from_sentencepiece(settings: _Settings, data: bytes) -> Tokenizer:
     return Tokenizer(vocabulary, sentencepiece_model.build_encoder(model))
 
 
+def _hide_special(data: dict[str, Any], added: Mapping[int, _Added]) -> None:
+    """Unigram knows special tokens as pieces too, and would find them in text: not by a name with a
+    space, which no text has when it is cut."""
+    special = {token.id for token in added.values() if token.special}
+    vocab = data["model"]["vocab"]
+    data["model"]["vocab"] = [
+        [f" {id}" if id in special else piece, score] for id, (piece, score) in enumerate(vocab)
+    ]
+    data["added_tokens"] = [t for t in data["added_tokens"] if t["id"] not in special]
+
+
 def _from_backend(settings: _Settings, data: dict[str, Any], byte_level: bool) -> Tokenizer:
-    vocab: dict[str, int] = data["model"]["vocab"]
+    listed = data["model"]["vocab"]  # by Unigram, with scores
+    vocab = listed if isinstance(listed, dict) else {p: id for id, (p, _) in enumerate(listed)}
     pieces = [b""] * (max([*vocab.values(), *settings.added]) + 1)
     for token, id in vocab.items():
         pieces[id] = token_to_bytes(token) if byte_level else piece_to_bytes(token, True)
@@ -190,6 +218,8 @@ def _from_backend(settings: _Settings, data: dict[str, Any], byte_level: bool) -
         token | {"special": settings.added[token["id"]].special}
         for token in data.get("added_tokens") or ()
     ]
+    if isinstance(listed, list):
+        _hide_special(data, settings.added)
     data["truncation"] = data["padding"] = None
     prefix = backend.Prefix() if byte_level else backend.take_prefix(data)
     try:

@@ -39,6 +39,9 @@ class Vocabulary:
     prefix_after_control: bool  # also to text behind a control token
     chat_template: str | None
     named: Mapping[str, str]  # bos_token, eos_token, unk_token, pad_token: their texts
+    # Ids behind every text that an encoder reads. What is written then is a text of its own, and
+    # does not continue that one.
+    closing: tuple[int, ...] = ()
 
 
 class Tokenizer:
@@ -65,7 +68,7 @@ class Tokenizer:
         self._controls = re.compile(f"({any_of(self.control_texts)})")
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Token ids; none is a control token but the BOS that `add_special` puts in front.
+        """Token ids; none is a control token but those that `add_special` puts in front and behind.
 
         Raises InvalidRequest for text that is not Unicode (a lone surrogate).
         """
@@ -73,7 +76,7 @@ class Tokenizer:
         if add_special and self.add_bos:
             assert self.bos_id is not None
             ids.insert(0, self.bos_id)
-        return ids
+        return [*ids, *self._vocabulary.closing] if add_special else ids
 
     def encode_plain(self, text: str, *, at_start: bool = True) -> list[int]:
         """Token ids of one stretch of text; `at_start` is False behind other text or tokens."""
@@ -104,7 +107,7 @@ class Tokenizer:
         if self.add_bos and ids[:1] != [self.bos_id]:
             assert self.bos_id is not None
             ids.insert(0, self.bos_id)
-        return ids
+        return [*ids, *self._vocabulary.closing]
 
     def decode(
         self, ids: Iterable[int], skip_special: bool = True, *, at_start: bool = True
@@ -116,6 +119,7 @@ class Tokenizer:
 
     def stream(self, skip_special: bool = True, *, at_start: bool = False) -> TokenStream:
         """An incremental decode; by default of tokens that continue a prompt."""
+        at_start = at_start or bool(self._vocabulary.closing)
         pieces = self._visible if skip_special else self._pieces
         control = self._vocabulary.control
         return TokenStream(pieces, control, at_start and self._vocabulary.space_prefix)

@@ -9,15 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from fastserve_jax.errors import ModelFileError
-from fastserve_jax.models.config import ModelConfig, RopeScaling
+from fastserve_jax.models.config import ModelConfig, RopeScaling, Seq2SeqConfig
 from fastserve_jax.weights.huggingface import read_json
-from fastserve_jax.weights.names import HF, HF_GEMMA3, HF_GPT2, HF_MIXTRAL, HF_QWEN3_MOE, Names
+from fastserve_jax.weights.names import (
+    HF,
+    HF_GEMMA3,
+    HF_GPT2,
+    HF_MIXTRAL,
+    HF_QWEN3_MOE,
+    HF_T5,
+    Names,
+)
 
 _ACTIVATIONS = {
     "silu": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+_T5_LENGTHS = 4  # a context, in trained lengths: a bias by distance has no end of its own
 _GEMMA3_LOCAL_BASE = 10_000.0
 _GEMMA3_GLOBAL_EVERY = 6
 
@@ -261,6 +270,44 @@ def _gpt2(settings: _Settings) -> ModelConfig:
     )
 
 
+def _t5(settings: _Settings) -> ModelConfig:
+    values = settings.values
+    kind = values.get("feed_forward_proj", "relu")
+    gated, _, activation = str(kind).rpartition("-")
+    named = {"relu": "relu", "gelu": "gelu_tanh", "gelu_new": "gelu_tanh", "silu": "silu"}
+    if gated not in ("", "gated") or activation not in named:
+        raise settings.bad("feed_forward_proj", kind)
+    start = values.get("decoder_start_token_id", values.get("pad_token_id", 0))
+    if not isinstance(start, int) or not 0 <= start < settings.integer("vocab_size"):
+        raise settings.bad("decoder_start_token_id", start)
+    heads, layers = settings.integer("num_heads"), settings.integer("num_layers")
+    buckets = settings.integer("relative_attention_num_buckets", 32)
+    farthest = settings.integer("relative_attention_max_distance", 128)
+    if buckets % 4 or farthest <= buckets // 2:
+        raise settings.bad("relative_attention_num_buckets", buckets)
+    trained = settings.integer("n_positions", 512)
+    return Seq2SeqConfig(
+        family="t5",
+        vocab_size=settings.integer("vocab_size"),
+        hidden_size=settings.integer("d_model"),
+        num_layers=settings.integer("num_decoder_layers", layers),
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=settings.integer("d_kv"),
+        intermediate_size=settings.integer("d_ff"),
+        max_context=_T5_LENGTHS * trained,
+        norm_eps=settings.number("layer_norm_epsilon", 1e-6),
+        activation=named[activation],
+        gated_mlp=gated == "gated",
+        tied_head=bool(values.get("tie_word_embeddings", True)),
+        encoder_layers=layers,
+        position_buckets=buckets,
+        farthest=farthest,
+        start_token=start,
+        trained_tokens=trained,
+    )
+
+
 _FAMILIES: dict[str, tuple[Callable[[_Settings], ModelConfig], Names]] = {
     "LlamaForCausalLM": (_llama, HF),
     "MistralForCausalLM": (_mistral, HF),
@@ -270,6 +317,9 @@ _FAMILIES: dict[str, tuple[Callable[[_Settings], ModelConfig], Names]] = {
     "Qwen3ForCausalLM": (_qwen3, HF),
     "Gemma3ForCausalLM": (_gemma3, HF_GEMMA3),
     "GPT2LMHeadModel": (_gpt2, HF_GPT2),
+    "T5ForConditionalGeneration": (_t5, HF_T5),
+    "T5WithLMHeadModel": (_t5, HF_T5),
+    "MT5ForConditionalGeneration": (_t5, HF_T5),
 }
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastserve_jax.errors import ModelFileError
-from fastserve_jax.models.config import ModelConfig
+from fastserve_jax.models.config import ModelConfig, Seq2SeqConfig
 from fastserve_jax.models.precision import Stored
 from fastserve_jax.weights.adapter import is_adapter, read_facts
 from fastserve_jax.weights.catalogue import embedded, embedded_names, read_catalogue
@@ -365,6 +365,7 @@ def open_folder(path: Path, name: str) -> ModelFiles:
             f"--adapter {short}={name if at else path}"
         )
     config, names = _config_of(path)
+    has_encoder = isinstance(config, Seq2SeqConfig)
     source = Checkpoint(path) if is_checkpoint(path) else Folder(path, names)
     return ModelFiles(
         name=name,
@@ -373,7 +374,8 @@ def open_folder(path: Path, name: str) -> ModelFiles:
         licence="",
         notice="",
         tokenizer_source=path,
-        sampling=read_sampling(path),
+        # Of an encoder-decoder the likeliest is wanted, unless its makers say otherwise.
+        sampling=read_sampling(path) or ({"temperature": 0.0} if has_encoder else {}),
         _source=source,
         _names=names,
     )

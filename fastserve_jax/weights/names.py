@@ -177,5 +177,47 @@ HF_OF_FAMILY: Mapping[str, Names] = {
     "qwen3_moe": HF_QWEN3_MOE,
 }
 
+
+def _t5(stack: str, layers: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Of a stack whose blocks have those layers, by our name for each kind."""
+    block = f"{stack}.block.{{i}}."
+    parts: dict[str, tuple[str, ...]] = {}
+    for kind, layer in layers.items():
+        names = {part: f"{block}{layer}.{part}" for part in ("q", "k", "v", "o")}
+        if kind == "attn":
+            parts["qkv"] = (names["q"], names["k"], names["v"])
+            parts["out"] = (names["o"],)
+        elif kind == "cross":
+            parts["cross_q"], parts["cross_kv"] = (names["q"],), (names["k"], names["v"])
+            parts["cross_out"] = (names["o"],)
+        else:
+            parts["mlp.gate_up"] = (f"{block}{layer}.wi_0", f"{block}{layer}.wi_1")
+            parts["mlp.up"], parts["mlp.down"] = (f"{block}{layer}.wi",), (f"{block}{layer}.wo",)
+        parts[f"{kind}_norm"] = (f"{block}{layer.rpartition('.')[0]}.layer_norm",)
+    found = {f"{stack}.{{i}}.{name}": stored for name, stored in parts.items()}
+    first = f"{stack}.block.0.{layers['attn']}.relative_attention_bias"
+    return found | {f"{stack}_bias": (first,)}
+
+
+HF_T5 = Names(
+    {
+        "embed": ("shared",),
+        "encoder_norm": ("encoder.final_layer_norm",),
+        "final_norm": ("decoder.final_layer_norm",),
+        "head": ("lm_head",),
+        **_t5("encoder", {"attn": "layer.0.SelfAttention", "mlp": "layer.1.DenseReluDense"}),
+        **_t5(
+            "decoder",
+            {
+                "attn": "layer.0.SelfAttention",
+                "cross": "layer.1.EncDecAttention",
+                "mlp": "layer.2.DenseReluDense",
+            },
+        ),
+    },
+    # Copies of the embedding; and a bias of cross-attention that was never used.
+    unused=(".embed_tokens.weight", ".EncDecAttention.relative_attention_bias.weight"),
+)
+
 # As the decoder has them, and experts' matrices [in, out].
 CANONICAL = Names({name: (name,) for name in {**_GGUF_PARTS, **_GGUF_EXPERTS}})

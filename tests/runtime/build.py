@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 
 from fastserve_jax.models.adapters import empty_adapters
-from fastserve_jax.models.decoder import abstract, fill, parameters
+from fastserve_jax.models.decoder import fill, parameters
 from fastserve_jax.models.precision import Precision
+from fastserve_jax.models.seq2seq import abstract
 from fastserve_jax.runtime.compile import compile_all
 from fastserve_jax.runtime.drafter import Drafter, draft_programs, empty_draft_pages
 from fastserve_jax.runtime.host import empty_host_pages
@@ -44,10 +45,14 @@ def build_runner(
 ):
     """-> runner, float32 arrays by canonical name, after `edit` had its way with them."""
     graph, params, arrays = random_model(config, dtype, seed, edit)
+    return runner_of(graph, config, shape, params, dtype, lower, drafter), arrays
+
+
+def runner_of(graph, config, shape, params, dtype, lower=Program.lower, drafter=None):
     compiled = compile_all(programs(Steps(graph, config, shape), params, dtype), lower=lower)
     kv_pages = empty_pages(config, shape, dtype)
     host_pages = empty_host_pages(shape.host_layout(config), dtype, None)
     room = shape.adapters
     adapters = empty_adapters(config, room, dtype) if room.count else None
     given = (config, params, kv_pages, shape, compiled, host_pages, drafter)
-    return DeviceRunner(*given, adapters=adapters), arrays
+    return DeviceRunner(*given, adapters=adapters)

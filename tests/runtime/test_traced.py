@@ -1,6 +1,9 @@
 """Programs from what an earlier start traced: the same results, in place, and nothing traced."""
 
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -104,3 +107,20 @@ def test_a_runner_draws_the_same_tokens_from_kept_programs(tmp_path):
     assert found[0] == found[1] == found[2]
     names = len(list(tmp_path.iterdir()))
     assert names == len(shape.token_buckets) + len(shape.row_buckets) + len(["score", "admit"])
+
+
+def test_a_gpus_kept_programs_find_what_its_kernels_call(tmp_path):
+    """jax says where that lies when a module is imported, which nothing in a second start does."""
+    lower_kept(program([]), tmp_path, "facts")
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from tests.runtime.test_traced import lower_kept, program\n"
+        "from pallas_kernels import Target, compiling_for\n"
+        "for name in [n for n in sys.modules if 'mosaic' in n]: del sys.modules[name]\n"
+        "assert 'pallas_kernels.gpu' not in sys.modules\n"
+        "with compiling_for(Target('gpu')):\n"
+        f"    lower_kept(program([]), Path({str(tmp_path)!r}), 'facts')\n"
+        "assert 'jax.experimental.mosaic.gpu' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
