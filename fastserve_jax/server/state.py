@@ -109,10 +109,10 @@ class ServerState:
         """Raises what `named` does, and InvalidRequest of an encoder."""
         served = self.named(name)
         if isinstance(served, ServedEncoder):
+            says = "says labels" if served.labels else "is an encoder"
+            routes = "/classify" if served.labels else "/v1/embeddings or /score"
             raise InvalidRequest(
-                f"{served.name} is an encoder and writes nothing: ask /v1/embeddings, /classify or "
-                "/score",
-                param="model",
+                f"{served.name} {says} and writes nothing: ask {routes}", param="model"
             )
         return served
 
