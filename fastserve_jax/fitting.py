@@ -101,7 +101,6 @@ def fit(files: ModelFiles, settings: Settings, draft: DraftModel | None) -> Fitt
     room = _room(files.config, settings.lora)
     adapters = jax.eval_shape(lambda: empty_adapters(files.config, room, precision.dtype))
     memory = _memory(files.config, settings, precision, (empty, adapters), parts, draft)
-    engine, encodes = settings.engine, isinstance(files.config, Seq2SeqConfig)
     engine = settings.engine
     limits = Limits(
         page_size=memory.page_size,
