@@ -54,7 +54,7 @@ class Encodings:
         self._loop.cancel()
         await asyncio.wait({self._loop})
         self._end(EngineFailed("the server stops"))
-        self._thread.shutdown()
+        await asyncio.to_thread(self._thread.shutdown)  # others are served meanwhile
 
     @property
     def waiting(self) -> int:

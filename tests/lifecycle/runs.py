@@ -1,6 +1,6 @@
 """Small runs: stories, a model of a few thousand numbers, and the same settings everywhere.
 
-python -m tests.lifecycle.runs FOLDER SETTINGS   trains as a JSON object of settings says
+python -m tests.lifecycle.runs FOLDER SETTINGS...   trains as JSON objects of settings say
 """
 
 import json
@@ -49,6 +49,7 @@ def losses(out):
 if __name__ == "__main__":
     from fastserve_jax.runtime.hosts import divide_cpu
 
-    folder, changes = sys.argv[1], json.loads(sys.argv[2])
-    divide_cpu(changes.get("mesh.cpu_devices", 1))
-    train(settings(folder, changes.pop("out"), **changes))
+    folder, wanted = sys.argv[1], [json.loads(changes) for changes in sys.argv[2:]]
+    divide_cpu(wanted[0].get("mesh.cpu_devices", 1))
+    for changes in wanted:
+        train(settings(folder, changes.pop("out"), **changes))

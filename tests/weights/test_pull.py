@@ -251,5 +251,5 @@ def test_a_cache_that_cannot_be_written(model: CatalogueModel, tmp_path: Path) -
 
 
 def test_an_unknown_name(cache: Path) -> None:
-    with pytest.raises(ModelFileError, match="no model 'tiny'; the catalogue has gemma3-270m"):
-        pull("tiny", cache)
+    with pytest.raises(ModelFileError, match="no model 'small'; the catalogue has all-minilm"):
+        pull("small", cache)
