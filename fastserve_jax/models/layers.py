@@ -2,9 +2,9 @@
 
 Weights live in the model's dtype, in int8 with a scale per output, or in fewer bits with scales by
 stretch of the input; sums, norms and activations are float32, cast or quantised where a matrix
-product begins. A matrix is [out, in]: both operands
-are contracted along their last axis. Where the CPU has kernels for int8, a product is one call with
-all that stands around it, and rows of padding, from `live` on, are not computed.
+product begins. A matrix is [out, in]: both operands are contracted along their last axis. Where the
+CPU has kernels for int8, a product is one call with all that stands around it, and rows of padding,
+from `live` on, are not computed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Matrix(NamedTuple):
 
 class Linear(nnx.Module):
     """y = x W^T + b, [..., in] -> [..., out] float32. `axes` are those of W that are divided: by
-    `out` each device has some of y, by `in` y is the sum over all of them."""
+    `out` each device has some of y, by `in` y is the sum over all of them. `watch` is told x."""
+
+    watch: Callable[[jax.Array], None] | None = None
 
     def __init__(
         self,
@@ -72,6 +74,8 @@ class Linear(nnx.Module):
         """x [rows, in] goes through `norm`, or is [rows, 2 in] and gated with the activation
         `gate`; then the map and what is `beside` it, then `add_norm`, and `add` [rows, out] is
         added."""
+        if self.watch is not None:
+            self.watch(entering(x, norm, gate))
         if beside is not None:
             y = self(x, live, norm=norm, gate=gate) + beside(entering(x, norm, gate))
             y = y if add_norm is None else add_norm(y)

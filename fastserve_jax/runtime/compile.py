@@ -37,9 +37,10 @@ class Compiled:
 
 
 def keep_compiled(folder: Path) -> None:
-    """Use `folder` as the persistent cache, for programs of any size and any compile time."""
+    """Use `folder` as the persistent cache, for programs of any size and any compile time.
+    A `JAX_COMPILATION_CACHE_DIR` that is set says otherwise: many servers may share one."""
     settings = {
-        "jax_compilation_cache_dir": str(folder),
+        "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }

@@ -9,12 +9,16 @@ from cyclopts import App, Parameter
 
 from fastserve_jax.weights.catalogue import cache_folder
 
+from .effort import Effort
+
 app = App(
     name="compress",
     help="Make models smaller. What is left makes up for it on DATA, a prepared folder: its rows "
     "for training are looked at, those held out are measured with, before and after.",
 )
 
+_USUAL = Effort()
+_Effort = Annotated[Effort, Parameter(name="*")]
 _Keep = Annotated[
     list[str] | None,
     Parameter(negative=(), help="Matrices that stay as they are: layers.*.mlp.down; repeatable."),
@@ -32,9 +36,7 @@ def run_quantise(
     method: str = "gptq",
     group: int = 32,
     keep: _Keep = None,
-    calibrate: int = 64,
-    measure: int = 64,
-    rounds: int = 5,
+    effort: _Effort = _USUAL,
 ) -> None:
     """Register MODEL's matrices in fewer bits as NAME.
 
@@ -47,19 +49,12 @@ def run_quantise(
         nearest: neither.
     group
         Inputs that share a scale, in int4.
-    calibrate
-        Rows of DATA that are looked at.
-    measure
-        Rows that perplexity is of.
-    rounds
-        Times that each model decodes, by turns; 0: it is not said how fast they are.
     """
     from fastserve_jax.lifecycle.compress import commands
     from fastserve_jax.lifecycle.compress.quantise import Quantising
 
     asked = Quantising(to, method, group, tuple(keep or ()))
-    report = commands.Report(calibrate, measure, rounds)
-    commands.run_quantise(model, data, name, asked, report, cache_folder())
+    commands.run_quantise(model, data, name, asked, effort, cache_folder())
 
 
 @app.command(name="prune")
@@ -73,9 +68,7 @@ def run_prune(
     share: float = 0.5,
     heads: float = 0.0,
     method: str = "second-order",
-    calibrate: int = 64,
-    measure: int = 64,
-    rounds: int = 5,
+    effort: _Effort = _USUAL,
 ) -> None:
     """Register MODEL with less in it as NAME; `fastserve train` with it as `base` and
     `prune.keep` = true teaches what is left.
@@ -90,16 +83,9 @@ def run_prune(
         What goes of KV heads, with those that read them.
     method
         Of zeros: second-order, or magnitude, which moves nothing else.
-    calibrate
-        Rows of DATA that are looked at.
-    measure
-        Rows that perplexity is of.
-    rounds
-        Times that each model decodes, by turns; 0: it is not said how fast they are.
     """
     from fastserve_jax.lifecycle.compress import commands
     from fastserve_jax.lifecycle.compress.prune import Pruning
 
     asked = Pruning(pattern, share, heads, method)
-    report = commands.Report(calibrate, measure, rounds)
-    commands.run_prune(model, data, name, asked, report, cache_folder())
+    commands.run_prune(model, data, name, asked, effort, cache_folder())

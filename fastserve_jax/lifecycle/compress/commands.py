@@ -30,6 +30,7 @@ from fastserve_jax.weights.registry import REGISTRY, Registry, check_name
 from ..dataset import TRAIN, VALID, Dataset
 from ..origin import arrays_of
 from ..vocabulary import copy_vocabulary
+from .effort import Effort
 from .measure import Measured, perplexity, speeds
 from .prune import Pruning, prune, zeros
 from .quantise import Quantising, quantise
@@ -37,16 +38,6 @@ from .seen import Text
 
 type Rows = Mapping[str, NDArray[Any]]
 type Step = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """How much of the text is read: rows to calibrate with and to measure with, and how often each
-    model decodes to say how fast it is; 0: that is not asked."""
-
-    calibrate: int = 64
-    measure: int = 64
-    rounds: int = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +49,7 @@ class _Made:
 
 
 def run_quantise(
-    reference: str, folder: Path, name: str, asked: Quantising, report: Report, cache_dir: Path
+    reference: str, folder: Path, name: str, asked: Quantising, effort: Effort, cache_dir: Path
 ) -> None:
     """Raises ConfigError, DataError, ModelFileError."""
 
@@ -66,11 +57,11 @@ def run_quantise(
         parameters, stored = quantise(files.config, arrays_of(files), asked, text, step)
         return _Made(files.config, parameters, stored, {})
 
-    _run(reference, folder, name, {"quantise": asdict(asked)}, make, report, cache_dir)
+    _run(reference, folder, name, {"quantise": asdict(asked)}, make, effort, cache_dir)
 
 
 def run_prune(
-    reference: str, folder: Path, name: str, asked: Pruning, report: Report, cache_dir: Path
+    reference: str, folder: Path, name: str, asked: Pruning, effort: Effort, cache_dir: Path
 ) -> None:
     """Raises ConfigError, DataError, ModelFileError."""
 
@@ -78,7 +69,7 @@ def run_prune(
         config, arrays = prune(files.config, arrays_of(files), asked, text, step)
         return _Made(config, arrays, {}, {"zeros": zeros(arrays)})
 
-    _run(reference, folder, name, {"prune": asdict(asked)}, make, report, cache_dir)
+    _run(reference, folder, name, {"prune": asdict(asked)}, make, effort, cache_dir)
 
 
 def _run(
@@ -87,7 +78,7 @@ def _run(
     name: str,
     settings: Mapping[str, object],
     make: Callable[[ModelFiles, Text, Step], _Made],
-    report: Report,
+    effort: Effort,
     cache_dir: Path,
 ) -> None:
     check_name(name)  # before minutes are spent
@@ -95,7 +86,7 @@ def _run(
     with Bars() as bars:
         files = open_model(reference, cache_dir, bars.pull)
     train, valid = (
-        _rows(files, folder, *each) for each in ((TRAIN, report.calibrate), (VALID, report.measure))
+        _rows(files, folder, *each) for each in ((TRAIN, effort.calibrate), (VALID, effort.measure))
     )
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with (
@@ -116,9 +107,9 @@ def _run(
             "after": perplexity(open_folder(path, name), "auto", valid, cache_dir, step("after")),
         }
         rates = {}
-        if report.rounds:
+        if effort.rounds:
             both = {"before": (reference, dtype), "after": (str(path), "auto")}
-            rates = speeds(both, tuple(map(int, valid["tokens"][0])), report.rounds, cache_dir)
+            rates = speeds(both, tuple(map(int, valid["tokens"][0])), effort.rounds, cache_dir)
         metrics = _metrics(measured, rates) | dict(made.metrics)
         version = Registry(cache_dir / REGISTRY).add(
             name,
@@ -126,7 +117,7 @@ def _run(
             "compress",
             parent=reference,
             data=Dataset(folder).facts.fingerprint,
-            settings={**settings, "report": asdict(report)},
+            settings={**settings, "effort": asdict(effort)},
             metrics=metrics,
         )
     _show(metrics)

@@ -9,7 +9,7 @@ next ones can make up for it (Frantar et al., "GPTQ", 2022, section 4).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -20,10 +20,9 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
-from fastserve_jax.models.adapters import Added
 from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import Decoder, Layer, State, abstract, fill, rotations
-from fastserve_jax.models.layers import Linear, Norm, entering
+from fastserve_jax.models.layers import Linear
 from fastserve_jax.models.precision import Precision
 from fastserve_jax.models.whole import place_whole
 
@@ -55,29 +54,6 @@ class Text(NamedTuple):
         last = segments == segments[:, -1:]
         is_padded = ~(last & rows["learned"]).any(1)  # nothing of its last document is learned
         return cls(np.asarray(rows["tokens"], np.int32), segments, ~(last & is_padded[:, None]))
-
-
-@dataclass(slots=True)
-class _Watched:
-    """Stands where a Linear stood, and tells what goes into it."""
-
-    linear: Linear
-    tell: Callable[[jax.Array], None]
-
-    def __call__(
-        self,
-        x: jax.Array,
-        live: jax.Array,
-        *,
-        norm: Norm | None = None,
-        gate: str | None = None,
-        add: jax.Array | None = None,
-        add_norm: Norm | None = None,
-        beside: Added | None = None,
-    ) -> jax.Array:
-        x = entering(x, norm, gate)
-        self.tell(x)
-        return self.linear(x, live, add=add, add_norm=add_norm, beside=beside)
 
 
 @dataclass(frozen=True)
@@ -175,7 +151,7 @@ def _watch(
             block, _, matrix = name.partition(".")
             linear = getattr(getattr(layer, block), matrix, None)
             if isinstance(linear, Linear):
-                setattr(getattr(layer, block), matrix, _Watched(linear, partial(tell, name)))
+                linear.watch = partial(tell, name)
         _run(layer, config, is_local, x, segments)
         return sums, samples
 

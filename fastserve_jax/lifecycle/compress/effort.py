@@ -1,0 +1,24 @@
+"""How much is read to make a model smaller, and to say what that did to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """Counts of rows and of rounds.
+
+    Parameters
+    ----------
+    calibrate
+        Rows of DATA that are looked at.
+    measure
+        Rows that perplexity is of.
+    rounds
+        Times that each model decodes, by turns; 0: it is not said how fast they are.
+    """
+
+    calibrate: int = 64
+    measure: int = 64
+    rounds: int = 5
