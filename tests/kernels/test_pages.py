@@ -30,7 +30,7 @@ def pages(case, lanes=128):
 @named
 def test_pages_there_and_back(case):
     layers, sources = pages(case)
-    want = np.asarray(reference.gather_pages(layers, sources))
+    want = reference.gather_pages(layers, sources)
     for got in (gather_pages(layers, sources), tpu.gather_pages(layers, sources, INTERPRET)):
         np.testing.assert_array_equal(np.asarray(got), want)
     real = case.size - 2
@@ -115,7 +115,7 @@ def test_a_copy_that_is_not_waited_for_is_seen(monkeypatch):
     monkeypatch.setattr(tpu_pages.pltpu, "make_async_copy", forgetful)
     got = np.asarray(tpu.gather_pages(layers, sources, INTERPRET))
     pltpu.reset_tpu_interpret_mode_state()
-    assert not np.array_equal(got, np.asarray(reference.gather_pages(layers, sources)))
+    assert not np.array_equal(got, reference.gather_pages(layers, sources))
 
 
 def test_a_tile_that_is_not_read_before_it_is_written_is_seen(monkeypatch):
