@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +15,19 @@ import pytest
 from fastserve_jax.weights.pull import pull
 
 _SHARED = Path(__file__).parents[1].parent / "shared"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure() -> None:
+    """What one test has compiled no other one compiles again, nor any process that they start."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="fastserve-compiled-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ |= {
+            "JAX_COMPILATION_CACHE_DIR": folder,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
