@@ -39,7 +39,7 @@ test: .venv/installed-dev  # whose programs are compiled for longer than they ru
 
 aot: .venv-aot/installed  # apart: with these installed, jax looks for chips at every start
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -n 2 -o faulthandler_timeout=1800 \
-		-m "aot and not pods" tests/aot tests/kernels
+		-m "aot and not pods" tests/aot tests/kernels tests/serve
 
 pods: .venv-aot/installed
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -n 2 -m pods tests/aot

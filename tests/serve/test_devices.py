@@ -135,9 +135,20 @@ def test_on_several_devices_as_on_one(models, cache, replicas, name):
         assert line["tokens"] == replicas[family]["tokens"], family
 
 
+SEVERAL = ("llama", "gemma3", "mixtral")
+REST = tuple(family for family in FAMILIES if family not in SEVERAL)
+LIKE_OTHERS = pytest.mark.skipif(
+    "not config.getoption('-m')", reason="their like is among the rest: make aot runs them, too"
+)
+
+
 @pytest.mark.parametrize(
     ("mesh", "families"),
-    [({"model": 4}, FAMILIES), ({"data": 2, "model": 2}, SOME)],
+    [
+        pytest.param({"model": 4}, SEVERAL, id="parts"),
+        pytest.param({"model": 4}, REST, id="rest", marks=[LIKE_OTHERS, pytest.mark.aot]),
+        pytest.param({"data": 2, "model": 2}, SOME, id="replicas"),
+    ],
 )
 def test_on_two_hosts_as_on_one(models, cache, replicas, mesh, families):
     """Parts on both hosts; and each host a replica, whose tokens the other must be told."""
