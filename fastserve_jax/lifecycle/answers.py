@@ -14,16 +14,18 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from fastserve_jax.api.models import ModelCard
 from fastserve_jax.client import AsyncClient
-from fastserve_jax.errors import ConfigError, DataError
+from fastserve_jax.errors import ConfigError, DataError, InvalidRequest
 
 from .documents import Counts, documents
 
 _MOST_EXAMPLES = 10
+_SHOWN = 80  # characters of a question that was refused
 _AT_ONCE = 32  # questions that are asked together
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -87,24 +89,29 @@ async def ask(
     max_tokens: int,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[str]:
-    """Greedy answers in the questions' order. Raises what the server answers instead."""
+    """Greedy answers in the questions' order. Raises what the server answers instead, and says to
+    what."""
     room, done = asyncio.Semaphore(_AT_ONCE), 0
 
-    async def one(question: Question) -> str:
+    async def one(number: int, question: Question) -> str:
         nonlocal done
         async with room:
-            said = await client.chat(
-                [dict(message) for message in question.messages],
-                model=model,
-                max_tokens=max_tokens,
-                temperature=0.0,
-                seed=0,
-            )
+            try:
+                said = await client.chat(
+                    [dict(message) for message in question.messages],
+                    model=model,
+                    max_tokens=max_tokens,
+                    temperature=0.0,
+                    seed=0,
+                )
+            except InvalidRequest as error:
+                asked = str(question.messages[-1].get("content"))[:_SHOWN]
+                raise InvalidRequest(f"question {number}, {asked!r}: {error}") from error
         progress(done := done + 1, len(questions))
         content = said.choices[0].message.content
         return content.strip() if isinstance(content, str) else ""
 
-    return await asyncio.gather(*map(one, questions))
+    return await asyncio.gather(*map(one, count(1), questions))
 
 
 def compare(questions: Sequence[Question], answers: Sequence[str]) -> Answered:
@@ -115,12 +122,11 @@ def compare(questions: Sequence[Question], answers: Sequence[str]) -> Answered:
     scorer = RougeScorer(_ROUGE)
     scores = [scorer.score(ref, ans) for ref, ans in zip(wanted, answers, strict=True)]
     same = [ref == ans for ref, ans in zip(wanted, answers, strict=True)]
-    count = len(questions)
     metrics = {
         "bleu": float(corpus_bleu(list(answers), [wanted]).score),
-        **{name: sum(score[name].fmeasure for score in scores) / count for name in _ROUGE},
-        "exact": sum(same) / count,
-        "questions": float(count),
+        **{name: sum(score[name].fmeasure for score in scores) / len(questions) for name in _ROUGE},
+        "exact": sum(same) / len(questions),
+        "questions": float(len(questions)),
     }
     told = [
         Answer(str(q.messages[-1].get("content")), ref, ans, score["rougeL"].fmeasure)

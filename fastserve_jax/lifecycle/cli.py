@@ -216,8 +216,8 @@ def unload(name: str, /, *, url: Url = _URL, api_key: Key = None) -> None:
 
 @models.command
 def export(model: str, out: Path, /) -> None:
-    """Write MODEL as others read it: to OUT, a .gguf file, a folder as Hugging Face has them, or a
-    .stablehlo program of jax.export."""
+    """Write MODEL as others read it: to OUT, a .gguf file, a folder as Hugging Face has them, a
+    .stablehlo program of jax.export, or an .onnx one."""
     from fastserve_jax.lifecycle.export import run_export
 
     run_export(model, out, cache_folder())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +76,7 @@ def run_train(settings: TrainSettings, cache_dir: Path) -> None:
         TextColumn("{task.fields[said]}"),
         TimeRemainingColumn(),
     )
+    settings = replace(settings, base=Registry(cache_dir / REGISTRY).pinned(settings.base))
     base = open_base(settings, cache_dir) if settings.base else None
     teacher = open_teacher(settings, cache_dir)
     if settings.name:
@@ -119,6 +122,7 @@ def run_search(config: Path | None, sets: Sequence[str], cache_dir: Path) -> Non
     from .train import train
 
     asked = read_settings(Searching, config, sets)
+    pinned = cache(Registry(cache_dir / REGISTRY).pinned)  # of all trials the same
     with Progress(TextColumn("{task.description}"), console=console, transient=True) as bar:
         task = bar.add_task("")
 
@@ -129,6 +133,7 @@ def run_search(config: Path | None, sets: Sequence[str], cache_dir: Path) -> Non
                 f"{name}={msgspec.json.encode(value).decode()}" for name, value in chosen.items()
             ]
             own = read_settings(Searching, config, [*sets, *given, f"out={folder}"])
+            own = replace(own, base=pinned(own.base))
             base = open_base(own, cache_dir) if own.base else None
 
             def heard(point: Point) -> None:

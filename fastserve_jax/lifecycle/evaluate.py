@@ -73,6 +73,9 @@ def evaluate(
         raise ConfigError(f"part is {TRAIN} or {VALID}, not {part}")
     if not getattr(data.facts, f"{part}_rows"):
         raise ConfigError(f"{data.folder} has nothing in {part}: prepare it with --holdout")
+    says = "labels" if isinstance(model, Classifier) else "text"
+    if data.facts.kind != says:
+        raise ConfigError(f"{data.folder} has {data.facts.kind}, and what the model says is {says}")
     if isinstance(model, Classifier):
         return _labels(model, arrays, data, part, progress)
     return _text(model, arrays, data, part, progress)
@@ -133,10 +136,9 @@ def _labels(
     shares = _softmax(np.stack(logits))
     wanted, given = data.arrays(part)["labels"], shares.argmax(1)
     precision, recall, f1, _ = scores(wanted, given, average="macro", zero_division=0)
-    numbers = range(len(model.config.labels))
-    report = classification_report(
-        wanted, given, labels=[*numbers], target_names=[*model.config.labels], zero_division=0
-    )
+    # Of those that occur, as the means are.
+    names = [model.config.labels[number] for number in np.union1d(wanted, given)]
+    report = classification_report(wanted, given, target_names=names, zero_division=0)
     metrics = {
         "accuracy": float(accuracy_score(wanted, given)),
         "precision": float(precision),

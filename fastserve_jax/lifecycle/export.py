@@ -24,6 +24,7 @@ from fastserve_jax.weights.load import ModelFiles, open_model
 
 from .losses import Model
 from .vocabulary import copy_vocabulary
+from .writing import writing
 
 _MOST_ONNX_BYTES = 2_000_000_000  # protobuf's bound
 
@@ -37,6 +38,13 @@ def run_export(reference: str, out: Path, cache_dir: Path) -> None:
         files = open_model(reference, cache_dir, bars.pull)
     if isinstance(files.config, Seq2SeqConfig):
         raise ConfigError(f"{files.name} has an encoder: there is no form that it is exported to")
+    with writing(out.parent) as folder:
+        _write(folder / out.name, files)
+        os.replace(folder / out.name, out)
+    console.print(f"{files.name} is in {out}", highlight=False, soft_wrap=True)
+
+
+def _write(out: Path, files: ModelFiles) -> None:
     if out.suffix == ".gguf":
         source = files.tokenizer_source
         words = gguf_vocabulary(source) if isinstance(source, Path) else dict(source)
@@ -48,7 +56,6 @@ def run_export(reference: str, out: Path, cache_dir: Path) -> None:
     else:
         write_folder(out, files.config, _in_bf16(_parameters(files)))
         copy_vocabulary(files.tokenizer_source, out)
-    console.print(f"{files.name} is in {out}", highlight=False, soft_wrap=True)
 
 
 def _write_program(out: Path, files: ModelFiles) -> None:
@@ -63,9 +70,7 @@ def _write_program(out: Path, files: ModelFiles) -> None:
     shape = export.symbolic_shape("rows, n")
     given = jax.ShapeDtypeStruct(shape, jnp.int32)  # type: ignore[no-untyped-call]
     made = export.export(jax.jit(logits), platforms=("cpu", "cuda", "tpu"))(given)
-    unfinished = out.with_name(f".{out.name}")
-    unfinished.write_bytes(made.serialize())
-    os.replace(unfinished, out)
+    out.write_bytes(made.serialize())
 
 
 def _write_onnx(out: Path, files: ModelFiles) -> None:
@@ -88,9 +93,7 @@ def _write_onnx(out: Path, files: ModelFiles) -> None:
 
     given = jax.ShapeDtypeStruct(export.symbolic_shape("n"), jnp.int32)  # type: ignore[no-untyped-call]
     made = to_onnx(logits, [given], input_names=["tokens"], output_names=["logits"])
-    unfinished = out.with_name(f".{out.name}")
-    unfinished.write_bytes(made.SerializeToString())
-    os.replace(unfinished, out)
+    out.write_bytes(made.SerializeToString())
 
 
 def _parameters(files: ModelFiles) -> Iterator[tuple[str, NDArray[Any]]]:

@@ -70,8 +70,7 @@ class Model:
         """Logits [rows, n - 1, vocab_size]; the token that came, and whether it counts."""
         tokens, segments = batch["tokens"].astype(jnp.int32), batch["segments"].astype(jnp.int32)
         logits = self.logits(arrays, tokens, segments)[:, :-1]
-        counts = batch["learned"][:, 1:] & (segments[:, 1:] == segments[:, :-1])
-        return logits, tokens[:, 1:], counts
+        return logits, tokens[:, 1:], behind(segments, batch["learned"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +97,11 @@ class Classifier:
         _, empty = abstract_labeller(self.config, jnp.float32)
         labeller = nnx.merge(decoder, fill(empty, given))
         return labeller.logits(tokens, lengths, remat=self.remat)
+
+
+def behind(segments: jax.Array, learned: jax.Array) -> jax.Array:
+    """[..., n] each -> [..., n - 1]: which tokens count, of those behind the first of a row."""
+    return learned[..., 1:] & (segments[..., 1:] == segments[..., :-1])
 
 
 def cross_entropy(logits: jax.Array, target: jax.Array, counts: jax.Array) -> Loss:

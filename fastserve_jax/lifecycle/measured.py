@@ -130,10 +130,10 @@ def _show(
         return
     out = Console()
     if report:
-        out.print(report, highlight=False)
+        out.print(report, highlight=False, markup=False, soft_wrap=True)
     width = max(map(len, metrics), default=0) + 2
     for name, value in metrics.items():
-        out.print(f"{name:{width}}{value:10.4f}", highlight=False)
+        out.print(f"{name:{width}}{value:10.4f}", highlight=False, markup=False, soft_wrap=True)
     for said in errors:
         out.print(said, highlight=False, markup=False)
 

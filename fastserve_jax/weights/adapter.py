@@ -52,6 +52,8 @@ class AdapterFacts(msgspec.Struct, kw_only=True):
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
+    alora_invocation_tokens: list[int] | None = None
+    arrow_config: dict[str, Any] | None = None
 
     def refused(self) -> str:
         """What of it is not known here; "" if nothing."""
@@ -62,6 +64,8 @@ class AdapterFacts(msgspec.Struct, kw_only=True):
             f"bias {self.bias}": self.bias != "none",
             "modules_to_save": bool(self.modules_to_save),
             "alpha_pattern": bool(self.alpha_pattern),
+            "alora_invocation_tokens": self.alora_invocation_tokens is not None,
+            "arrow_config": self.arrow_config is not None,
             f"init_lora_weights {self.init_lora_weights}": isinstance(self.init_lora_weights, str)
             and self.init_lora_weights not in _DRAWN,
         }

@@ -31,22 +31,33 @@ from .adapter import (
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def read_adapter(folder: Path, config: ModelConfig, rank: int, dtype: DTypeLike) -> list[Pairs]:
-    """As models/adapters.py has one set, of that rank, in numpy. Raises ModelFileError, and
-    ConfigError where its own rank is higher."""
+def read_adapter(
+    folder: Path, config: ModelConfig, rank: int | None, dtype: DTypeLike
+) -> list[Pairs]:
+    """As models/adapters.py has one set, of that rank, or the highest that it has, in numpy. Raises
+    ModelFileError, and ConfigError where its own rank is higher."""
     facts, path = read_facts(folder), folder / TENSORS
     try:
         with safe_open(path, framework="numpy") as file:
+            if rank is None:
+                names = file.keys()
+                rank = max((_rank(file, name) for name in names), default=0)
             return _Reader(path, file, facts, config, rank, dtype).layers()
     except (OSError, SafetensorError) as error:
         raise ModelFileError(f"{path}: cannot read: {error}") from error
+
+
+def _rank(file: Any, name: str) -> int:
+    """Of a matrix's first half; of what is none nothing."""
+    shape = file.get_slice(name).get_shape() if ".lora_A." in name else ()
+    return int(shape[0]) if shape else 0
 
 
 def merged(folder: Path, config: ModelConfig, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """A model's arrays by the decoder's names, in float32, with what the adapter adds. Raises as
     `read_adapter` does."""
     made = dict(arrays)
-    layers = read_adapter(folder, config, read_facts(folder).r, np.float32)
+    layers = read_adapter(folder, config, None, np.float32)
     for layer, pairs in enumerate(layers):
         for name, (a, b) in pairs.items():
             change = np.concatenate([own_b @ own_a for own_a, own_b in zip(a, b, strict=True)])

@@ -73,7 +73,7 @@ def _cast(files: ModelFiles, wanted: Parameters) -> Iterator[Parameter]:
     """The largest first: what of it is made on the way is gone before the others are there."""
     stored = {name: w.shape for name, w in wanted.items() if not name.endswith(".scale")}
     stored = dict(sorted(stored.items(), key=lambda item: -int(np.prod(item[1]))))
-    as_they_are = {name for name in stored if _is_as_stored(files, name, wanted)}
+    as_they_are = [name for name in stored if _is_as_stored(files, name, wanted)]
     for name in as_they_are:
         matrix = name.removesuffix(".weight")
         weight, scale = files.as_stored(matrix)

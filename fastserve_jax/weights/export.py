@@ -7,7 +7,6 @@ back as it was. Families with rotary positions and one MLP; knows no tokens but 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
@@ -34,11 +33,9 @@ def write_folder(folder: Path, config: ModelConfig, parameters: Parameters) -> N
     from safetensors.numpy import save_file
 
     architecture = _architecture(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir()
     stored = {name: np.ascontiguousarray(a) for name, a in _stored(HF, config, parameters)}
-    unfinished = folder / ".model.safetensors"
-    save_file(stored, unfinished, metadata={"format": "pt"})
-    os.replace(unfinished, folder / "model.safetensors")
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(_config(config, architecture), indent=2))
 
 
@@ -79,8 +76,7 @@ def write_gguf(
     import gguf
 
     _architecture(config)
-    unfinished = path.with_name(f".{path.name}")
-    writer = gguf.GGUFWriter(unfinished, config.family)
+    writer = gguf.GGUFWriter(path, config.family)
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     writer.add_context_length(config.max_context)
@@ -105,7 +101,6 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    os.replace(unfinished, path)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

@@ -274,7 +274,9 @@ def _t5(settings: _Settings) -> ModelConfig:
     values = settings.values
     kind = values.get("feed_forward_proj", "relu")
     gated, _, activation = str(kind).rpartition("-")
-    named = {"relu": "relu", "gelu": "gelu_tanh", "gelu_new": "gelu_tanh", "silu": "silu"}
+    named = {"relu": "relu", "gelu_new": "gelu_tanh", "silu": "silu"}
+    if gated:  # without, transformers' gelu is the exact one
+        named["gelu"] = "gelu_tanh"
     if gated not in ("", "gated") or activation not in named:
         raise settings.bad("feed_forward_proj", kind)
     start = values.get("decoder_start_token_id", values.get("pad_token_id", 0))

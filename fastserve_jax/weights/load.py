@@ -359,7 +359,7 @@ def open_folder(path: Path, name: str) -> ModelFiles:
         what = "says labels" if is_checkpoint(path) else "is an encoder"
         raise ModelFileError(f"{name} {what}: it writes no text")
     if is_adapter(path):
-        base, (short, at, _) = read_facts(path).base_model_name_or_path, name.partition("@")
+        base, (short, at, _) = read_facts(path).base_model_name_or_path or "", name.partition("@")
         raise ModelFileError(
             f"{name} is an adapter{base and f' of {base}'}: fastserve serve {base or 'MODEL'} "
             f"--adapter {short}={name if at else path}"

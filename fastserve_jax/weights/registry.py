@@ -9,6 +9,7 @@ A version is there whole or not at all, and never changes; `current` is replaced
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import msgspec
 
-from fastserve_jax.errors import ModelFileError
+from fastserve_jax.errors import ConfigError, ModelFileError
 from fastserve_jax.weights.catalogue import embedded, read_catalogue
 from fastserve_jax.weights.orbax import CONFIG, ENCODER
 
@@ -72,8 +73,10 @@ class Registry:
         metrics: Mapping[str, float] | None = None,
     ) -> Version:
         """A copy of that folder as the next version. The first one is promoted. Raises
-        ModelFileError."""
+        ModelFileError, and ConfigError where a metric is no number."""
         check_name(name)
+        if lost := [metric for metric, of in (metrics or {}).items() if not math.isfinite(of)]:
+            raise ConfigError(f"{', '.join(lost)} of {name} is not finite: it is not registered")
         if not any((model / config).is_file() for config in (CONFIG, ENCODER, ADAPTER)):
             raise ModelFileError(f"{model}: no {CONFIG}: not a model of ours")
         own = self.folder / name
@@ -81,7 +84,8 @@ class Registry:
         with tempfile.TemporaryDirectory(dir=own, prefix=".writing-") as writing:
             made = Path(writing) / "model"
             shutil.copytree(model, made)
-            number = 1 + max((v.number for v in self.versions(name)), default=0)
+            # Of folders, also those that cannot be read.
+            number = 1 + max((int(path.name) for path in own.glob("[0-9]*")), default=0)
             facts = (parent, data, dict(settings or {}), dict(metrics or {}))
             version = Version(name, number, _now(), how, *facts)
             (made / VERSION).write_bytes(msgspec.json.format(msgspec.json.encode(version)))
@@ -124,6 +128,11 @@ class Registry:
             there = ", ".join(f"{name}@{n}" for n in known) or "none"
             raise ModelFileError(f"no version {reference}: there are {there}")
         return known[number]
+
+    def pinned(self, reference: str) -> str:
+        """What a name means now, so that it means the same later; of any other model its reference.
+        Raises ModelFileError."""
+        return str(self.find(reference) or reference)
 
     def is_adapter(self, version: Version) -> bool:
         """Or else a model by itself."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastserve_jax import AsyncClient
-from fastserve_jax.errors import ConfigError, DataError
+from fastserve_jax.errors import ConfigError, DataError, InvalidRequest
 from fastserve_jax.lifecycle import measured
 from fastserve_jax.lifecycle.answers import Question, ask, compare, read_questions, served
 from fastserve_jax.lifecycle.cli import evaluate
@@ -52,6 +52,9 @@ async def test_every_question_is_asked_as_any_client_does():
         found = await ask(client, MODEL, asked, 9)
         with pytest.raises(ConfigError, match=f"the server has {MODEL}, not mood@2"):
             await served(client, "mood@2")
+        too_long = questions(("fine", ""), ("x" * 600, ""))
+        with pytest.raises(InvalidRequest, match=f"^question 2, '{'x' * 80}': "):
+            await ask(client, MODEL, too_long, 9)
     for question, answer in zip(asked, found, strict=True):
         ids = token_ids(f"user: {question.messages[0]['content']}\nassistant: ")
         assert answer == answer_to(ids, 0, 9)[0].strip()

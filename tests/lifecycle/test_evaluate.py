@@ -2,6 +2,7 @@
 
 import csv
 import math
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 
 from fastserve_jax.errors import ConfigError
 from fastserve_jax.lifecycle.dataset import Dataset
-from fastserve_jax.lifecycle.evaluate import evaluate, passage_of
+from fastserve_jax.lifecycle.evaluate import Found, evaluate, passage_of
 from fastserve_jax.lifecycle.losses import Classifier, Model
+from fastserve_jax.lifecycle.measured import _show
 from fastserve_jax.lifecycle.prepare import Wanted, prepare
 from fastserve_jax.lifecycle.train import drawn
 from fastserve_jax.models.encoder import EncoderConfig
@@ -100,6 +102,34 @@ def test_labels_are_counted_and_the_surest_errors_told(labelled):
     assert shares == sorted(shares, reverse=True)
     for error in found.errors:
         assert LABELS[wanted[error.row]] == error.label != error.given == LABELS[given[error.row]]
+
+
+def test_a_label_that_does_not_occur_has_no_part_in_the_means(labelled):
+    model, arrays = classifier((*LABELS, "never"))
+    arrays["classifier.bias"] = jnp.asarray([0.0, 0.0, 0.0, -1e9])
+    data = Dataset(labelled.folder)
+    data.facts = replace(data.facts, labels=(*LABELS, "never"))
+    found = evaluate(model, arrays, data, "train")
+    means = next(line for line in found.report.splitlines() if "macro avg" in line).split()[2:5]
+    assert [f"{found.metrics[m]:.2f}" for m in ("precision", "recall", "f1")] == means
+
+
+def test_what_is_said_is_printed_as_it_is(capsys):
+    report = f"[spam] [/x] {'1.00  ' * 30}"
+    _show({"[b]f1": 0.5}, Found({}), False, (), report)
+    told = capsys.readouterr().out
+    assert report.strip() in told
+    assert "[b]f1" in told
+
+
+def test_text_and_labels_are_not_measured_as_each_other(text, labelled):
+    config = runs.settings(text.folder, "nowhere").shape.config(100, 16)
+    for model, data, said in (
+        (Model(config), labelled, "has labels, and what the model says is text"),
+        (classifier()[0], text, "has text, and what the model says is labels"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            evaluate(model, {}, data, "train")
 
 
 def test_other_labels_are_refused(labelled):

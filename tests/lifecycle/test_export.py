@@ -12,6 +12,7 @@ from jax import export
 from safetensors.numpy import load_file
 
 from fastserve_jax.errors import ConfigError
+from fastserve_jax.lifecycle import export as module
 from fastserve_jax.lifecycle.export import run_export
 from fastserve_jax.lifecycle.losses import Model
 from fastserve_jax.lifecycle.settings import Shape
@@ -85,6 +86,24 @@ def test_what_others_do_not_know_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="a gemma3 cannot be exported: llama, qwen2, qwen3 can"):
         run_export(str(folder), tmp_path / "out", tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["out.gguf", "out"])
+def test_it_is_there_whole_or_not_at_all(tmp_path, monkeypatch, name):
+    folder, _, _ = model(tmp_path, "llama")
+    out = tmp_path / "new" / name
+    run_export(str(folder), out, tmp_path)
+    assert [*out.parent.iterdir()] == [out]
+    assert out.stat().st_mode & 0o44 == 0o44
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for writer in ("write_gguf", "copy_vocabulary"):
+        monkeypatch.setattr(module, writer, full)
+    with pytest.raises(ConfigError, match=r"cannot write in .*No space left on device"):
+        run_export(str(folder), out.with_name(f"b{name}"), tmp_path)
+    assert [*out.parent.iterdir()] == [out]
 
 
 def drawn_model(folder, family):

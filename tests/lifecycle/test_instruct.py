@@ -66,7 +66,7 @@ def test_the_served_chat_gives_the_answers_that_were_taught(tmp_path, capsys):
     base(tmp_path)
     cache = tmp_path / "cache"
     teach(tmp_path, 1, TAUGHT, str(tmp_path / "base"), 100)
-    path, data = teach(tmp_path, 2, TAUGHT | MORE, "fox@1", 50)
+    path, data = teach(tmp_path, 2, TAUGHT | MORE, "fox", 50)
     registry = Registry(cache / REGISTRY)
     _, second = registry.versions("fox")
     assert (second.parent, second.data) == ("fox@1", data.facts.fingerprint)

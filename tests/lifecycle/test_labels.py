@@ -64,7 +64,7 @@ async def test_a_decoder_learns_labels_goes_on_and_is_served(folder, capsys):
     given |= {"log_every": 40, "optimiser.learning_rate": 3e-3}
     data = folder / "data"
     run_train(runs.settings(data, folder / "one", **given, base=str(folder / "base")), cache)
-    lora = {"base": "mood@1", "lora.rank": 2, "steps": 8, "evaluate_every": 8, "log_every": 8}
+    lora = {"base": "mood", "lora.rank": 2, "steps": 8, "evaluate_every": 8, "log_every": 8}
     run_train(runs.settings(data, folder / "two", **given | lora), cache)
     registry = Registry(cache / REGISTRY)
     registry.promote("mood@2")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from fastserve_jax.errors import ModelFileError
+from fastserve_jax.errors import ConfigError, ModelFileError
 from fastserve_jax.lifecycle.shown import show_models, show_version
 from fastserve_jax.weights import registry as module
 from fastserve_jax.weights.load import open_model
@@ -80,6 +80,12 @@ def test_names_of_others(registry, model):
             registry.add(name, model, "train")
 
 
+def test_what_is_no_number_is_not_registered(registry, model):
+    with pytest.raises(ConfigError, match="valid_loss of a is not finite"):
+        registry.add("a", model, "train", metrics={"steps": 3, "valid_loss": float("nan")})
+    assert registry.names() == []
+
+
 def test_a_folder_that_is_no_model(registry, tmp_path):
     with pytest.raises(ModelFileError, match=r"no model\.json"):
         registry.add("a", tmp_path, "train")
@@ -99,5 +105,6 @@ def test_a_version_is_opened_and_shown(registry, model, tmp_path, capsys):
     assert "made of a@2 < a@1 < smollm2" in capsys.readouterr().out
     with pytest.raises(ModelFileError, match="there are a"):
         show_version("b", tmp_path)
-    (registry.folder / "a" / "0001" / "version.json").write_text(json.dumps({"name": 1}))
-    assert [str(v) for v in registry.versions("a")] == ["a@2"]
+    (registry.folder / "a" / "0002" / "version.json").write_text(json.dumps({"name": 1}))
+    assert [str(v) for v in registry.versions("a")] == ["a@1"]
+    assert str(registry.add("a", model, "train")) == "a@3"

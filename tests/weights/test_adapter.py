@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from fastserve_jax.errors import ConfigError, ModelFileError
 from fastserve_jax.models.adapters import matrices
 from fastserve_jax.weights.adapter import find_adapter, write_adapter
-from fastserve_jax.weights.adapter_arrays import read_adapter
+from fastserve_jax.weights.adapter_arrays import merged, read_adapter
 from fastserve_jax.weights.load import open_model
 from fastserve_jax.weights.registry import Registry
 from tests.models.families import FAMILIES
@@ -43,6 +43,18 @@ def test_reading(tmp_path, family, facts):
     assert found.keys() == added.keys()
     for name, change in found.items():
         np.testing.assert_allclose(change, scale * added[name], atol=1e-5)
+
+
+def test_merging_takes_ranks_above_r(tmp_path):
+    """As PEFT's rank_pattern makes them; r is that of the others."""
+    tensors, added = peft.draw(CONFIG, 2, 1)
+    more, higher = peft.draw(CONFIG, 5, 2, targets=("o_proj",))
+    folder = peft.write(tmp_path / "a", tensors | more, 2, rank_pattern={"o_proj": 5})
+    arrays = {name: np.zeros(change.shape, np.float32) for name, change in added.items()}
+    found = merged(folder, CONFIG, arrays)
+    for name, change in added.items():
+        want = 4 / 5 * higher[name] if name.endswith("attn.out.weight") else 2 * change
+        np.testing.assert_allclose(found[name], want, atol=1e-5)
 
 
 def test_some_matrices_of_some_layers_and_another_float_type(tmp_path):
@@ -118,6 +130,8 @@ def test_too_large_for_the_dtype_or_the_room(tmp_path):
         ({"bias": "all"}, "bias all"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens is not supported"),
+        ({"arrow_config": {"top_k": 3}}, "arrow_config is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights pissa"),
         ({"r": 0}, "r 0"),
         ({"r": "four"}, "cannot read: .*r`"),
@@ -179,6 +193,9 @@ def test_an_adapter_is_registered_and_is_no_model_by_itself(tmp_path):
     command = "fastserve serve some/base --adapter polite=polite@1"
     with pytest.raises(ModelFileError, match=f"polite@1 is an adapter of some/base: {command}"):
         open_model("polite", tmp_path)
+    peft.write(tmp_path / "bare", {}, 3, base_model_name_or_path=None)
+    with pytest.raises(ModelFileError, match="is an adapter: fastserve serve MODEL --adapter"):
+        open_model(str(tmp_path / "bare"), tmp_path)
     save_file({"x": np.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ModelFileError, match="no adapter"):
         find_adapter(str(tmp_path), tmp_path)

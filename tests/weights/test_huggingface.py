@@ -16,6 +16,7 @@ from fastserve_jax.errors import ModelFileError
 from fastserve_jax.models.config import ModelConfig, RopeScaling
 from fastserve_jax.weights.huggingface_config import read_config_file, read_sampling
 from fastserve_jax.weights.load import open_config, open_folder
+from tests.models import t5
 from tests.weights import synthetic
 from tests.weights.synthetic import Arrays, folder_config, write_folder
 
@@ -255,6 +256,17 @@ def _refusal(tmp_path: Path) -> str:
     with pytest.raises(ModelFileError) as refused:
         open_folder(tmp_path, "m")
     return str(refused.value)
+
+
+def test_the_exact_gelu_is_not_taken_for_the_other(tmp_path: Path) -> None:
+    for kind, is_known in (("gated-gelu", True), ("gelu_new", True), ("gelu", False)):
+        settings = t5.config_of("flan-t5") | {"feed_forward_proj": kind}
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        if is_known:
+            assert open_config(str(tmp_path), tmp_path)[1].activation == "gelu_tanh"
+        else:
+            with pytest.raises(ModelFileError, match="feed_forward_proj"):
+                open_config(str(tmp_path), tmp_path)
 
 
 def test_damaged_folders(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import log
@@ -30,6 +30,7 @@ from fastserve_jax.weights.registry import REGISTRY, Registry, check_name
 from ..dataset import TRAIN, VALID, Dataset
 from ..origin import arrays_of
 from ..vocabulary import copy_vocabulary
+from ..writing import writing
 from .effort import Effort
 from .measure import Measured, perplexity, speeds
 from .prune import Pruning, prune, zeros
@@ -82,6 +83,8 @@ def _run(
     cache_dir: Path,
 ) -> None:
     check_name(name)  # before minutes are spent
+    registry = Registry(cache_dir / REGISTRY)
+    reference = registry.pinned(reference)
     began = time.perf_counter()
     with Bars() as bars:
         files = open_model(reference, cache_dir, bars.pull)
@@ -90,7 +93,7 @@ def _run(
     )
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with (
-        tempfile.TemporaryDirectory() as writing,
+        writing(cache_dir) as scratch,
         Progress(*columns, console=console, transient=True) as bar,
     ):
 
@@ -99,7 +102,7 @@ def _run(
             return lambda done, of: bar.update(task, completed=done, total=of)
 
         made = make(files, Text.of(train), step("layers"))
-        path = Path(writing) / name
+        path = scratch / name
         _write(path, files, made)
         dtype = "auto" if files.stored else "bf16"
         measured = {
@@ -111,7 +114,7 @@ def _run(
             both = {"before": (reference, dtype), "after": (str(path), "auto")}
             rates = speeds(both, tuple(map(int, valid["tokens"][0])), effort.rounds, cache_dir)
         metrics = _metrics(measured, rates) | dict(made.metrics)
-        version = Registry(cache_dir / REGISTRY).add(
+        version = registry.add(
             name,
             path,
             "compress",
@@ -120,7 +123,7 @@ def _run(
             settings={**settings, "effort": asdict(effort)},
             metrics=metrics,
         )
-    _show(metrics)
+    _show(metrics, made.stored)
     console.print(
         f"{version} in {time.perf_counter() - began:,.0f} s\n  fastserve serve {version}",
         highlight=False,
@@ -168,7 +171,7 @@ def _metrics(measured: Mapping[str, Measured], rates: Mapping[str, float]) -> di
     return found
 
 
-def _show(metrics: Mapping[str, float]) -> None:
+def _show(metrics: Mapping[str, float], stored: Mapping[str, Stored]) -> None:
     table = Table("", "before", "after", "", box=None, pad_edge=False)
     said = {
         "file_bytes": ("files, MB", 1e-6),
@@ -184,3 +187,7 @@ def _show(metrics: Mapping[str, float]) -> None:
     if "zeros" in metrics:
         table.add_row("zeros in the layers' matrices", "", f"{metrics['zeros']:.1%}", "")
     Console().print(table)
+    kinds = Counter(of.kind + (f" by {of.group}" if of.group else "") for of in stored.values())
+    if kinds:
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        Console().print(f"matrices: {counts}", highlight=False)

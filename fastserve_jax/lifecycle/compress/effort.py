@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastserve_jax.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class Effort:
@@ -22,3 +24,9 @@ class Effort:
     calibrate: int = 64
     measure: int = 64
     rounds: int = 5
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError."""
+        for name, least in (("calibrate", 1), ("measure", 1), ("rounds", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is at least {least}, not {getattr(self, name)}")

@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 from fastserve_jax.assemble import Loaded, load
 from fastserve_jax.config import load_settings
 from fastserve_jax.core.types import Request, Sampling, TokenEvent
+from fastserve_jax.errors import ConfigError
 from fastserve_jax.fitting import precision_of
 from fastserve_jax.models.decoder import State, abstract
 from fastserve_jax.models.whole import logits_of
 from fastserve_jax.reading import read
 from fastserve_jax.weights.load import ModelFiles
 
-from ..losses import cross_entropy
+from ..losses import behind, cross_entropy
 
 type Progress = Callable[[int, int], None]
 
@@ -40,7 +41,6 @@ class Measured:
     file_bytes: int
     weight_bytes: int  # of the arrays that serve
     perplexity: float
-    tokens_per_s: float | None = None  # one sequence
 
 
 def perplexity(
@@ -50,7 +50,8 @@ def perplexity(
     cache_dir: Path,
     progress: Progress = lambda *_: None,
 ) -> Measured:
-    """Of rows as packing.py has them. `dtype` is the setting: auto is what is served."""
+    """Of rows as packing.py has them. `dtype` is the setting: auto is what is served. Raises
+    ConfigError where nothing of them is to be learned."""
     settings = load_settings(overrides=[f"model.dtype={dtype}"])
     precision = precision_of(settings.model, files)
     graph, empty = abstract(files.config, precision)
@@ -59,8 +60,7 @@ def perplexity(
     @jax.jit
     def told(state: State, tokens: Any, segments: Any, learned: Any) -> Any:
         logits = logits_of(graph, files.config, state, tokens, segments)[:-1]
-        counts = learned[1:] & (segments[1:] == segments[:-1])
-        return cross_entropy(logits, tokens[1:], counts)
+        return cross_entropy(logits, tokens[1:], behind(segments, learned))
 
     nats, tokens, count = 0.0, 0, len(rows["tokens"])
     for row in range(count):
@@ -68,8 +68,10 @@ def perplexity(
         more, (counted, _) = told(state, *given, jnp.asarray(rows["learned"][row]))
         nats, tokens = nats + float(more), tokens + int(counted)
         progress(row + 1, count)
+    if not tokens:
+        raise ConfigError("no token of the rows to measure with counts: measure more of them")
     weights = sum(_bytes(leaf) for leaf in jax.tree.leaves(state))
-    return Measured(files.size_bytes, weights, exp(nats / max(1, tokens)))
+    return Measured(files.size_bytes, weights, exp(nats / tokens))
 
 
 def _bytes(array: jax.Array) -> int:

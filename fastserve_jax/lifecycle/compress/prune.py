@@ -34,8 +34,8 @@ type Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Pruning:
-    """`share` is what goes: of numbers, or of neurons; `heads` of KV heads, rounded down. How
-    `method` chooses numbers has no part in structured pruning."""
+    """`share` is what goes: of numbers, or of neurons; `heads` of KV heads, rounded down.
+    `method` chooses numbers."""
 
     pattern: str
     share: float = 0.5
@@ -53,6 +53,10 @@ class Pruning:
                 raise ConfigError(f"{name} is from 0 to less than 1, not {getattr(self, name)}")
         if self.pattern == TWO_OF_FOUR and self.share != 0.5:
             raise ConfigError("2:4 is a half: leave the share out")
+        if self.pattern == UNSTRUCTURED and not self.share:
+            raise ConfigError("of a share of 0 nothing goes")
+        if self.pattern == STRUCTURED and self.method != SECOND_ORDER:
+            raise ConfigError(f"{self.method} chooses numbers, and none in structured pruning")
         if self.heads and self.pattern != STRUCTURED:
             raise ConfigError(f"heads go in structured pruning, not in {self.pattern}")
 

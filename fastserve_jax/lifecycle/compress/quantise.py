@@ -67,8 +67,6 @@ def quantise(
         raise ConfigError(f"{asked.method} needs text to see what goes into the matrices")
     now = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
     kinds = _kinds(asked, now)
-    if not kinds:
-        raise ConfigError("every matrix is kept: nothing is left to quantise")
     made: dict[str, NDArray[Any]] = {}
 
     def settle(matrix: str, seen: Seen | None) -> None:
@@ -99,11 +97,27 @@ def quantise(
 
 
 def _kinds(asked: Quantising, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Stored]:
-    found = {}
+    """Raises ConfigError where nothing comes of what was asked."""
+    found, unknown = {}, {*asked.kept}
     for name, array in arrays.items():
         matrix = name.removesuffix(".weight")
         fixed = array.ndim != 2 or matrix == "positions" or matrix.endswith(".router")
-        if matrix == name or fixed or any(fnmatchcase(matrix, p) for p in asked.kept):
+        if matrix == name or fixed:
             continue
-        found[matrix] = asked.of(matrix, array.shape[1])
+        keeping = {pattern for pattern in asked.kept if fnmatchcase(matrix, pattern)}
+        unknown -= keeping
+        if not keeping:
+            found[matrix] = asked.of(matrix, array.shape[1])
+    if unknown:
+        raise ConfigError(f"nothing to keep is called {', '.join(sorted(unknown))}")
+    if not found:
+        raise ConfigError("every matrix is kept: nothing is left to quantise")
+    if asked.to not in {of.kind for of in found.values()}:
+        sizes = {
+            array.shape[1] for n, array in arrays.items() if n.removesuffix(".weight") in found
+        }
+        raise ConfigError(
+            f"no matrix has stretches of {_LEAST_GROUP} inputs or more in groups of {asked.group}: "
+            f"take one that divides {', '.join(map(str, sorted(sizes)))}"
+        )
     return found

@@ -26,11 +26,15 @@ _BLOCK = 128  # columns whose changes are added to the rest at once
 _STRIP = 128  # columns of which some become zero, where no pattern says which
 
 
+def _damped(gram: Floats) -> Floats:
+    made = gram.astype(np.float64)
+    made[np.diag_indices_from(made)] += max(_DAMPING * np.mean(np.diag(gram)), 1e-12)
+    return made
+
+
 def inverse_root(gram: Floats) -> Floats:
     """U, upper triangular, of U^T U = (G + damping)^-1: float64 [in, in]."""
-    damped = gram.astype(np.float64)
-    damped[np.diag_indices_from(damped)] += max(_DAMPING * np.mean(np.diag(gram)), 1e-12)
-    root: Floats = np.linalg.cholesky(np.linalg.inv(damped)).T
+    root: Floats = np.linalg.cholesky(np.linalg.inv(_damped(gram))).T
     return root
 
 
@@ -56,10 +60,7 @@ def gptq(matrix: Floats, gram: Floats, stored: Stored) -> tuple[NDArray[Any], Fl
     the order of how much goes in: the first ones have most others to make up for them."""
     if stored.kind == W8A8:
         matrix, gram = spread(matrix), spread(spread(gram).T)
-        scales: Floats = np.abs(matrix).max(1)[None] / 127
-        scales[scales == 0] = 1
-    else:
-        scales = scales_of(matrix, stored, np.diag(gram))
+    scales = scales_of(matrix, stored, np.diag(gram))
     order = np.argsort(-np.diag(gram), kind="stable")
     each = matrix.shape[1] // len(scales)  # columns of a scale
 
@@ -101,8 +102,7 @@ def smallest(numbers: Floats, count: int) -> NDArray[np.bool_]:
 def without(matrix: Floats, gram: Floats, kept: NDArray[np.int64]) -> Floats:
     """[out, kept]: the matrix of some of its inputs that comes nearest to what all of them made,
     by least squares: W G[:, kept] G[kept, kept]^-1."""
-    damped = gram.astype(np.float64)
-    damped[np.diag_indices_from(damped)] += max(_DAMPING * np.mean(np.diag(gram)), 1e-12)
+    damped = _damped(gram)
     right = damped[kept] @ matrix.T.astype(np.float64)
     made: Floats = np.linalg.solve(damped[np.ix_(kept, kept)], right).T.astype(np.float32)
     return made

@@ -12,6 +12,7 @@ from fastserve_jax.fitting import precision_of
 from fastserve_jax.lifecycle.compress import commands
 from fastserve_jax.lifecycle.compress.measure import perplexity, speeds
 from fastserve_jax.lifecycle.dataset import TOKENIZER, VALID, Dataset
+from fastserve_jax.lifecycle.losses import Model
 from fastserve_jax.lifecycle.origin import arrays_of
 from fastserve_jax.lifecycle.vocabulary import copy_vocabulary
 from fastserve_jax.models.decoder import abstract, parameters
@@ -102,6 +103,14 @@ def test_perplexity_is_that_of_the_floats_it_stands_for(made):
     version = Registry(folder / "cache" / REGISTRY).find("small")
     assert found.perplexity == pytest.approx(version.metrics["perplexity_after"], rel=0.02)
     assert found.perplexity != version.metrics["perplexity_after"]
+    given = {n: jnp.asarray(array) for n, array in arrays_of(files).items()}
+    nats, (count, _) = Model(files.config).loss(
+        given, {n: jnp.asarray(a) for n, a in chosen.items()}
+    )
+    assert found.perplexity == pytest.approx(np.exp(float(nats) / int(count)), rel=1e-4)
+    nothing = chosen | {"learned": chosen["learned"] & False}
+    with pytest.raises(ConfigError, match="no token of the rows to measure with counts"):
+        perplexity(files, "f32", nothing, folder / "cache")
 
 
 def test_damage_is_named(made, tmp_path):
@@ -137,3 +146,23 @@ def test_nothing_is_registered_of_what_cannot_be(made, tmp_path):
                 result_action="return_value",
             )
     assert registry.names() == ["less", "small"]
+
+
+def test_what_it_was_made_of_is_a_version_and_a_full_disk_is_said(made, monkeypatch):
+    folder, _, data = made
+    registry, asked = Registry(folder / "cache" / REGISTRY), []
+    monkeypatch.setattr(commands, "speeds", lambda models, *_: asked.append(models) or {})
+    given = ["compress", "quantise", "small", str(data), "--to", INT8, "--method", "nearest"]
+    given += ["--name", "again", "--measure", "1"]
+    app(given, result_action="return_value")
+    assert registry.find("again").parent == "small@1"
+    assert asked[0]["before"][0] == "small@1"
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(commands, "write_model", full)
+    with pytest.raises(ConfigError, match=r"cannot write in .*cache: .*No space left"):
+        app(given, result_action="return_value")
+    assert len(registry.versions("again")) == 1
+    assert not [*(folder / "cache").glob(".writing*")]

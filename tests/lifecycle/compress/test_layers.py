@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from fastserve_jax.errors import ConfigError
+from fastserve_jax.lifecycle.compress.effort import Effort
 from fastserve_jax.lifecycle.compress.migrate import lost, migrate
 from fastserve_jax.lifecycle.compress.prune import Pruning, prune, zeros
 from fastserve_jax.lifecycle.compress.quantise import Quantising, quantise
@@ -128,6 +129,8 @@ def test_what_cannot_be_is_named():
         ({"pattern": "2:4", "share": 0.3}, "2:4 is a half"),
         ({"pattern": "2:4", "heads": 0.3}, "heads go in structured"),
         ({"pattern": "structured", "share": 1.0}, "less than 1"),
+        ({"pattern": "structured", "method": "magnitude"}, "none in structured pruning"),
+        ({"pattern": "unstructured", "share": 0.0}, "nothing goes"),
     ):
         with pytest.raises(ConfigError, match=said):
             Pruning(**wrong)
@@ -136,5 +139,17 @@ def test_what_cannot_be_is_named():
         prune(config, tiny.arrays(config), Pruning("structured", 0.01), tiny.text())
     with pytest.raises(ConfigError, match="needs text"):
         quantise(config, tiny.arrays(config), Quantising(INT8), None)
-    with pytest.raises(ConfigError, match="every matrix is kept"):
-        quantise(config, tiny.arrays(config), Quantising(INT8, "nearest", kept=("*",)), None)
+    for asked, said in (
+        (Quantising(INT8, "nearest", kept=("*",)), "every matrix is kept"),
+        (Quantising(INT8, "nearest", kept=("embed", "*.down.weight")), r"called \*\.down\.weight$"),
+        (Quantising(INT4, "nearest", 100), "in groups of 100: take one that divides 32, 64"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            quantise(config, tiny.arrays(config), asked, None)
+    for wrong, said in (
+        ({"calibrate": 0}, "calibrate is at least 1, not 0"),
+        ({"measure": -1}, "measure is at least 1"),
+        ({"rounds": -1}, "rounds is at least 0"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            Effort(**wrong)
