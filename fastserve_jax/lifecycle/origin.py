@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastserve_jax.errors import ConfigError
+from fastserve_jax.models.config import ModelConfig
 from fastserve_jax.models.decoder import parameters
 from fastserve_jax.terminal import Bars
 from fastserve_jax.text.load import load_reader, load_tokenizer
@@ -103,4 +104,7 @@ def _for_labels(
     if model.config.labels != labels:
         arrays["classifier.weight"] = np.zeros((len(labels), model.config.hidden_size), np.float32)
         arrays["classifier.bias"] = np.zeros(len(labels), np.float32)
-    return replace(model, config=replace(model.config, labels=labels)), arrays
+    config = replace(model.config, labels=labels)
+    if isinstance(config, ModelConfig) and arrays.pop("head.weight", None) is not None:
+        config = replace(config, tied_head=True)  # it writes nothing
+    return replace(model, config=config), arrays

@@ -56,8 +56,8 @@ class ModelConfig:
     attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
     num_experts: int = 0  # MLPs of each layer, of which a token chooses; 0: there is one
     experts_per_token: int = 0
-    labels: tuple[str, ...] = ()  # of one that says labels, and writes nothing
     norm_topk: bool = True  # what those that are chosen count adds up to one
+    labels: tuple[str, ...] = ()  # of one that says labels, and writes nothing
 
     def window(self, layer: int) -> int:
         return self.windows[layer] if self.windows else 0
@@ -75,3 +75,4 @@ class Seq2SeqConfig(ModelConfig):
     farthest: int = 128
     start_token: int = 0  # what a target begins behind
     trained_tokens: int = 512  # of a source, and of a target
+    scaled_head: bool = True  # the LM head is too large, by the root of hidden_size

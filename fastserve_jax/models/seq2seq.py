@@ -7,8 +7,8 @@ An encoder's tokens see each other both ways: a source is in one step as a whole
 
 A step reads its sources, if it has any, and writes what comes of them to the pages; then it runs
 its other tokens, in blocks of as many as there are rows. Both are loops, of no turn where there is
-nothing to do: a loop's pages change in place, a branch's would be copied. Scores among sources take
-encoder heads * tokens ** 2 * 4 bytes.
+nothing to do: a loop's pages change in place, a branch's would be copied. Among sources the scores
+and what comes of them are four float32 arrays of num_heads * tokens ** 2.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ class Seq2Seq(nnx.Module):
             written.append(pages)
         x = self.final_norm(x)
         # An embedding that is the head too is too large for it by this (Mesh TensorFlow's T5).
-        x = x * config.hidden_size**-0.5 if config.tied_head else x
+        x = x * config.hidden_size**-0.5 if config.scaled_head else x
         return x.astype(self.dtype), written
 
 

@@ -30,7 +30,7 @@ from fastserve_jax.models.layers import best_output, project
 from pallas_kernels import KVLayout, target
 
 from . import pick
-from .shapes import Program, abstract, ints, like
+from .shapes import Program, by_leaves, ints, like
 from .step import Rows, buckets
 
 
@@ -79,10 +79,9 @@ def draft_programs(
     dtype: DTypeLike,
 ) -> Iterator[Program]:
     """Every one. Of `params` only shapes are read."""
-    leaves, tree = jax.tree.flatten(jax.tree.map(abstract, params))
 
     def draft(
-        leaves: list[jax.Array],
+        state: State,
         kv_pages: list[jax.Array],
         history: jax.Array,
         batch: Batch,
@@ -90,7 +89,6 @@ def draft_programs(
         tokens: int,
     ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
         """-> pages and history (donated through), the tokens behind `ends`."""
-        state = jax.tree.unflatten(tree, leaves)
         at = place(batch, tokens, shape.layout(config))
         given = history[jnp.asarray(batch.slots)[at.rows], at.positions]
         hidden, kv_pages = nnx.merge(graph, state)(given, kv_pages, batch, at)
@@ -101,6 +99,7 @@ def draft_programs(
         history = history.at[slots, ends.positions].set(best[1], mode="drop")
         return kv_pages, history, best[1]
 
+    leaves, function = by_leaves(draft, params)
     kv_pages = [like(shape.layout(config).shape, dtype) for _ in range(config.num_layers)]
     history = ints(shape.max_slots, shape.max_context)
     table = ints(shape.rows, shape.pages_per_row)
@@ -108,8 +107,7 @@ def draft_programs(
     for tokens in reversed(shape.token_buckets):
         ends = Rows(*[ints(shape.ends(tokens))] * 3)
         given = (leaves, kv_pages, history, batch, ends)
-        function = partial(draft, tokens=tokens)
-        yield Program(f"draft[{tokens}]", function, given, donated=(1, 2))
+        yield Program(f"draft[{tokens}]", partial(function, tokens=tokens), given, donated=(1, 2))
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,9 @@ class Lane:
     def admit(self, admission: Admission) -> tuple[np.int32, SlotRow]:
         given = _Given(admission.prompt_tokens, admission.sampling, admission.adapter)
         self._given[admission.slot] = given
-        row = sampling.slot_row(admission, self.shape.max_context, self._vocab_size)
+        # A target may say what its source says, and ends as that does.
+        counted = admission.prompt_tokens - 1 if self.shape.encodes else 0
+        row = sampling.slot_row(admission, self.shape.max_context, self._vocab_size, counted)
         return np.int32(admission.slot), row
 
     def admit_nobody(self) -> tuple[np.int32, SlotRow]:

@@ -14,7 +14,7 @@ import jax
 from jax.typing import DTypeLike
 
 from fastserve_jax.errors import DoesNotFit
-from fastserve_jax.models.config import ModelConfig
+from fastserve_jax.models.config import ModelConfig, Seq2SeqConfig
 from pallas_kernels import KVLayout, target
 
 CPU_FRACTION = 0.05  # of all memory, for pages: a laptop has other uses for the rest
@@ -93,6 +93,8 @@ def plan_memory(
     page_bytes = layout.page_bytes(dtype) * config.num_layers
     widest = 2 * config.intermediate_size + config.hidden_size * 4
     work_bytes = 4 * (3 * max_slots * config.vocab_size + 2 * step_tokens * widest)
+    if isinstance(config, Seq2SeqConfig):  # see models/seq2seq.py
+        work_bytes += 4 * 4 * config.num_heads * step_tokens**2
     one_request = -(-max_context // page_size)
     left = free.free_bytes - weight_bytes - work_bytes - draft_bytes
     if num_pages == 0:

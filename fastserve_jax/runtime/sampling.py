@@ -37,6 +37,7 @@ class SlotState(NamedTuple):
     top_k: jax.Array  # [slots] int32
     seed: jax.Array  # [slots] uint32
     prompt_tokens: jax.Array  # [slots] int32
+    counted: jax.Array  # [slots] int32: position from which repetition counts
     logprobs: jax.Array  # [slots] bool
     bias_ids: jax.Array  # [slots, MAX_BIASES] int32; vocab_size where unused
     bias_values: jax.Array  # [slots, MAX_BIASES] float32
@@ -65,6 +66,7 @@ def empty_state(slots: int, max_context: int, vocab_size: int) -> SlotState:
         top_k=jnp.array(ints),
         seed=jnp.array(ints.astype(np.uint32)),
         prompt_tokens=jnp.array(ints),
+        counted=jnp.array(ints),
         logprobs=jnp.array(ints.astype(np.bool_)),
         bias_ids=jnp.full((slots, MAX_BIASES), vocab_size, jnp.int32),
         bias_values=jnp.zeros((slots, MAX_BIASES), jnp.float32),
@@ -75,7 +77,8 @@ def empty_state(slots: int, max_context: int, vocab_size: int) -> SlotState:
 type SlotRow = tuple[np.ndarray | np.generic, ...]  # one slot of each SlotState array, in order
 
 
-def slot_row(admission: Admission, max_context: int, vocab_size: int) -> SlotRow:
+def slot_row(admission: Admission, max_context: int, vocab_size: int, counted: int = 0) -> SlotRow:
+    """Of `admission`, whose repetitions count from position `counted` on."""
     sampling = admission.sampling
     history = np.zeros(max_context, np.int32)
     history[: len(admission.tokens)] = admission.tokens
@@ -99,6 +102,7 @@ def slot_row(admission: Admission, max_context: int, vocab_size: int) -> SlotRow
         "top_k": np.int32(sampling.top_k),
         "seed": np.uint32(sampling.seed),
         "prompt_tokens": np.int32(admission.prompt_tokens),
+        "counted": np.int32(counted),
         "logprobs": np.bool_(sampling.logprobs is not None),
         "bias_ids": ids,
         "bias_values": values,
@@ -240,7 +244,7 @@ def _penalise(
     history = own.history.at[slots].get(mode="clip")
     at = jnp.arange(history.shape[1])
     rows = jnp.arange(logits.shape[0])[:, None]
-    known = jnp.where(at < positions[:, None], history, vocab)
+    known = jnp.where((at >= own.counted[:, None]) & (at < positions[:, None]), history, vocab)
     output = jnp.where(at >= own.prompt_tokens[:, None], known, vocab)
     # Once per distinct token: duplicates gather the same value and so set the same one.
     old = logits.at[rows, known].get(mode="fill", fill_value=0)

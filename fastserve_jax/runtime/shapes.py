@@ -49,3 +49,14 @@ def stacked[T](of_each: Sequence[T]) -> T:
 
 def abstract(x: jax.Array) -> Any:
     return like(x.shape, x.dtype)
+
+
+def by_leaves(function: Callable[..., Any], params: Any) -> tuple[list[Any], Callable[..., Any]]:
+    """The leaves of `params` as shapes, and `function` of them: to flatten a state of hundreds of
+    variables would cost each step 0.25 ms."""
+    leaves, tree = jax.tree.flatten(jax.tree.map(abstract, params))
+
+    def of_leaves(leaves: list[jax.Array], *given: Any, **named: Any) -> Any:
+        return function(jax.tree.unflatten(tree, leaves), *given, **named)
+
+    return leaves, of_leaves

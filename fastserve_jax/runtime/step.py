@@ -58,7 +58,7 @@ from . import sampling
 from .host import HostLayout, swap_programs
 from .mesh import HOST, PAGES, REPLICAS, spec_of, zeros
 from .sampling import Drawn, SlotState
-from .shapes import Program, abstract, ints, like
+from .shapes import Program, abstract, by_leaves, ints, like
 
 SMALLEST_BUCKET = 4  # XLA:CPU multiplies one row 10 times slower than four
 SCORE_ROWS = 32  # rows of logits held at once while scoring a prompt
@@ -165,9 +165,10 @@ class Steps:
         kv_pages: list[jax.Array],
         history: jax.Array,
         batch: Batch,
-        tokens: int,
         adapters: Adapters | None = None,
         of_rows: jax.Array | None = None,
+        *,
+        tokens: int,
     ) -> tuple[list[jax.Array], jax.Array]:
         """-> pages (donated through), hidden [largest bucket, hidden_size] whatever the bucket.
         `of_rows` [rows] int32 is each row's adapter, from 1, 0 for none."""
@@ -282,25 +283,12 @@ def _forwards(
     shape, slots = steps.shape, steps.shape.max_slots
     table, sources = ints(slots, shape.pages_per_row), ints(slots) if shape.encodes else None
     batch = Batch(ints(slots), ints(slots), table, ints(slots + 1), ints(2), sources)
-    # By their leaves alone: to flatten a state of hundreds of variables costs each step 0.25 ms.
-    leaves, tree = jax.tree.flatten(jax.tree.map(abstract, params))
+    leaves, forward = by_leaves(steps.forward, params)
     specs = ([spec_of(axes) for axes in all_axes(params)], PAGES, REPLICAS, HOST)
-
-    def forward_by_leaves(
-        leaves: list[jax.Array],
-        kv_pages: list[jax.Array],
-        history: jax.Array,
-        batch: Batch,
-        *adapted: Any,
-        tokens: int,
-    ) -> Any:
-        params = jax.tree.unflatten(tree, leaves)
-        return steps.forward(params, kv_pages, history, batch, tokens, *adapted)
-
-    given = (leaves, kv_pages, history, batch)
+    given, of_all = (leaves, kv_pages, history, batch), (specs, (PAGES, REPLICAS))
     for tokens in reversed(shape.token_buckets):
-        forward, of_all = partial(forward_by_leaves, tokens=tokens), (specs, (PAGES, REPLICAS))
-        yield Program(f"forward[{tokens}]", forward, given, donated=(1,), specs=of_all)
+        of_bucket = partial(forward, tokens=tokens)
+        yield Program(f"forward[{tokens}]", of_bucket, given, donated=(1,), specs=of_all)
     if not shape.adapters.count:
         return
     rooms = (shape.adapters, AdapterRoom(1, shape.adapters.rank))
@@ -308,6 +296,6 @@ def _forwards(
         jax.eval_shape(partial(empty_adapters, steps.config, room, dtype)) for room in rooms
     )
     for tokens in reversed(shape.token_buckets):
-        forward, adapted = partial(forward_by_leaves, tokens=tokens), (adapters, ints(slots))
-        yield Program(f"adapted[{tokens}]", forward, (*given, *adapted), donated=(1,))
+        of_bucket, adapted = partial(forward, tokens=tokens), (adapters, ints(slots))
+        yield Program(f"adapted[{tokens}]", of_bucket, (*given, *adapted), donated=(1,))
     yield Program("adapt", put, (adapters, ints(), one), donated=(0,))

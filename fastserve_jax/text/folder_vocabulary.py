@@ -155,7 +155,7 @@ class _Settings:
             prefix_after_control=prefix_after_control,
             chat_template=self._chat_template(),
             named=self.named,
-            closing=(eos,) if self.has_encoder and eos is not None else (),
+            closing=((eos,) if eos is not None else self.ends[:1]) if self.has_encoder else (),
         )
 
     def _chat_template(self) -> str | None:

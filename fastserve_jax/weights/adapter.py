@@ -45,6 +45,7 @@ class AdapterFacts(msgspec.Struct, kw_only=True):
     base_model_name_or_path: str | None = None
     target_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
+    exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     alpha_pattern: dict[str, float] | None = None
     bias: str = "none"

@@ -136,9 +136,16 @@ class _Reader:
     def _is_target(self, stem: str, layer: int) -> bool:
         """Whether PEFT would have trained it, as far as plain names say."""
         targets, layers = self.facts.target_modules, self.facts.layers_to_transform
-        if not isinstance(targets, list) or layers not in (None, [], layer):
+        without = self.facts.exclude_modules or []
+        if not isinstance(targets, list) or not isinstance(without, list):
             return False
-        return any(stem == target or stem.endswith(f".{target}") for target in targets)
+        if layer not in ([layers] if isinstance(layers, int) else layers or [layer]):
+            return False
+
+        def is_among(names: list[str]) -> bool:
+            return any(f".{stem}".endswith(f".{name}") for name in names)
+
+        return is_among(targets) and not is_among(without)
 
     def _read(self, name: str, scale: float) -> Array:
         kind = self._file.get_slice(name).get_dtype()

@@ -54,7 +54,8 @@ def is_encoder(folder: Path) -> bool:
     """Or a decoder of ours that says labels: neither writes text."""
     if (folder / ENCODER).is_file() or _json(folder / CONFIG).get("labels"):
         return True
-    return _json(folder / "config.json").get("architectures", [""])[0] in _ARCHITECTURES
+    listed = _json(folder / "config.json").get("architectures")
+    return isinstance(listed, list) and any(name in _ARCHITECTURES for name in listed[:1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -288,6 +288,8 @@ def _t5(settings: _Settings) -> ModelConfig:
     if buckets % 4 or farthest <= buckets // 2:
         raise settings.bad("relative_attention_num_buckets", buckets)
     trained = settings.integer("n_positions", 512)
+    # Transformers from 5 on call every T5 tied, and say apart what that was.
+    scaled = bool(values.get("scale_decoder_outputs", values.get("tie_word_embeddings", True)))
     return Seq2SeqConfig(
         family="t5",
         vocab_size=settings.integer("vocab_size"),
@@ -301,12 +303,13 @@ def _t5(settings: _Settings) -> ModelConfig:
         norm_eps=settings.number("layer_norm_epsilon", 1e-6),
         activation=named[activation],
         gated_mlp=gated == "gated",
-        tied_head=bool(values.get("tie_word_embeddings", True)),
+        tied_head=scaled,
         encoder_layers=layers,
         position_buckets=buckets,
         farthest=farthest,
         start_token=start,
         trained_tokens=trained,
+        scaled_head=scaled,
     )
 
 

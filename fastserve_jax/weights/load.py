@@ -367,6 +367,8 @@ def open_folder(path: Path, name: str) -> ModelFiles:
     config, names = _config_of(path)
     has_encoder = isinstance(config, Seq2SeqConfig)
     source = Checkpoint(path) if is_checkpoint(path) else Folder(path, names)
+    if has_encoder and not config.tied_head:  # what Transformers 5 draws is tied all the same
+        config = replace(config, tied_head="lm_head.weight" not in source.tensors)
     return ModelFiles(
         name=name,
         path=path,
@@ -375,7 +377,7 @@ def open_folder(path: Path, name: str) -> ModelFiles:
         notice="",
         tokenizer_source=path,
         # Of an encoder-decoder the likeliest is wanted, unless its makers say otherwise.
-        sampling=read_sampling(path) or ({"temperature": 0.0} if has_encoder else {}),
+        sampling={**({"temperature": 0.0} if has_encoder else {}), **read_sampling(path)},
         _source=source,
         _names=names,
     )

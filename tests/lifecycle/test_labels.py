@@ -57,7 +57,7 @@ def folder(tmp_path, monkeypatch):
 async def test_a_decoder_learns_labels_goes_on_and_is_served(folder, capsys):
     cache = folder / "cache"
     facts = prepare([folder / "table.csv"], folder / "data", Wanted(16, "bpe:300", 0.2, "labels"))
-    config = Shape(32, 1, 4, 2, 64).config(facts.vocab_size, 16)
+    config = Shape(32, 1, 4, 2, 64, tied_head=False).config(facts.vocab_size, 16)
     write_model(folder / "base", config, drawn_decoder(config, 0))
     copy_vocabulary(folder / "data" / "tokenizer", folder / "base")
     given = {"name": "mood", "steps": 40, "batch_rows": 16, "evaluate_every": 40}
@@ -76,8 +76,10 @@ async def test_a_decoder_learns_labels_goes_on_and_is_served(folder, capsys):
     (kept,) = registry.notes(second)
     assert kept["accuracy"] > 0.95
     assert find_encoder("mood", cache).config.labels == ("blame", "praise")
-    says = [dict(find_encoder(f"mood@{n}", cache).tensors())["classifier.weight"] for n in (1, 2)]
+    arrays = [dict(find_encoder(f"mood@{n}", cache).tensors()) for n in (1, 2)]
+    says = [own["classifier.weight"] for own in arrays]
     assert not np.array_equal(*says), "it is trained whole beside the small matrices"
+    assert not any("head.weight" in own for own in arrays), "it has one that nobody asks"
     with pytest.raises(ModelFileError, match="mood@2 says labels: it writes no text"):
         open_model("mood", cache)
     async with served(registry.path(second), folder) as (session, _):

@@ -29,6 +29,11 @@ SIZES = {
 KINDS = {
     "t5": {"feed_forward_proj": "relu"},  # tied, which a config.json need not say
     "flan-t5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "resaved": {  # the same, by Transformers 5
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": True,
+        "scale_decoder_outputs": False,
+    },
 }
 
 
@@ -38,13 +43,17 @@ def config_of(kind):
     return {**known, **SIZES, **special, **KINDS[kind], "is_encoder_decoder": True}
 
 
+def is_scaled(config):
+    return config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
+
+
 def tensors_of(config, seed=0):
     """By Hugging Face's names, scaled so that attention is neither flat nor one-hot."""
     rng = np.random.default_rng(seed)
     size, inner, ff = config["d_model"], config["num_heads"] * config["d_kv"], config["d_ff"]
     gated = config["feed_forward_proj"].startswith("gated")
     shapes = {"shared": (config["vocab_size"], size)}
-    if not config.get("tie_word_embeddings", True):
+    if not is_scaled(config):
         shapes["lm_head"] = (config["vocab_size"], size)
 
     def attention(name):
@@ -134,7 +143,7 @@ class Oracle:
         """[len(target), vocab_size]; `target` with the token it begins behind."""
         x = self._stack("encoder", self.w["shared.weight"][source], None)
         y = self._stack("decoder", self.w["shared.weight"][target], x)
-        if self.config.get("tie_word_embeddings", True):
+        if is_scaled(self.config):
             return y * self.config["d_model"] ** -0.5 @ self.w["shared.weight"].T
         return y @ self.w["lm_head.weight"].T
 

@@ -139,7 +139,8 @@ def test_a_folder_is_read(tmp_path):
 
 def test_folders_that_are_no_encoder_of_ours(tmp_path):
     arrays = drawn(SMALL)
-    assert not is_encoder(folder_of(tmp_path / "a", SMALL, arrays, architectures=["T5Model"]))
+    for i, other in enumerate((["T5Model"], [], None, "BertModel")):
+        assert not is_encoder(folder_of(tmp_path / f"{i}", SMALL, arrays, architectures=other))
     with pytest.raises(ModelFileError, match="hidden_act = 'relu' is not supported"):
         open_encoder(folder_of(tmp_path / "b", SMALL, arrays, hidden_act="relu"), "b")
     with pytest.raises(ModelFileError, match=r"config\.json"):

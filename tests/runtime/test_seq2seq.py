@@ -8,6 +8,7 @@ import asyncio
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fastserve_jax.core.cost import CostModel
 from fastserve_jax.core.policy import make_policy
@@ -15,11 +16,13 @@ from fastserve_jax.core.scheduler import Limits, Scheduler
 from fastserve_jax.core.types import DoneEvent, Finish, Request, Sampling, TokenEvent
 from fastserve_jax.engine import Engine
 from fastserve_jax.errors import InvalidRequest
+from fastserve_jax.models.config import Seq2SeqConfig
 from fastserve_jax.models.decoder import fill, parameters
 from fastserve_jax.models.precision import Precision
 from fastserve_jax.models.seq2seq import abstract
 from fastserve_jax.runtime.compile import CompileCounter
-from fastserve_jax.runtime.step import StepShape
+from fastserve_jax.runtime.memory import accelerator_memory, plan_memory
+from fastserve_jax.runtime.step import Steps, StepShape, programs
 from fastserve_jax.weights.load import open_folder
 from tests.models.t5 import Oracle, write_folder
 from tests.runtime.build import runner_of
@@ -39,7 +42,7 @@ def runner_from(folder, kind):
     return runner, Oracle(config, tensors)
 
 
-@pytest.fixture(scope="module", params=["flan-t5", "t5"])
+@pytest.fixture(scope="module", params=["resaved", "t5"])
 def served(request, tmp_path_factory):
     """-> runner, oracle."""
     runner, oracle = runner_from(tmp_path_factory.mktemp("model") / "it", request.param)
@@ -115,6 +118,17 @@ async def test_together_equals_the_oracle(served, expected, policy, host_pages, 
     assert (stats.running, stats.waiting, stats.ending, stats.pages_used) == (0, 0, 0, 0)
 
 
+async def test_repetition_counts_from_the_target_s_beginning_on(served):
+    runner, oracle = served
+    _, engine = engine_of(runner)
+    async with engine:
+        for source, _ in asks()[:5]:
+            found = await told(engine, source, 1, repetition_penalty=50.0)
+            last = oracle.logits(source, [0])[-1]
+            last[0] = last[0] / 50 if last[0] > 0 else last[0] * 50
+            assert found[0][0] == last.argmax()
+
+
 async def test_what_an_encoder_cannot_do_is_refused(served):
     _, engine = engine_of(served[0])
     async with engine:
@@ -124,3 +138,30 @@ async def test_what_an_encoder_cannot_do_is_refused(served):
             await told(engine, [5] * 3, 4, prompt_logprobs=1)
         with pytest.raises(InvalidRequest, match="empty"):
             await told(engine, [], 4)
+
+
+def test_what_a_folder_of_transformers_5_says(tmp_path):
+    _, tensors = write_folder(tmp_path, "resaved")
+    (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.2}')
+    files = open_folder(tmp_path, "it")
+    assert files.sampling == {"temperature": 0.0, "repetition_penalty": 1.2}
+    assert (files.config.tied_head, files.config.scaled_head) == (False, False)
+    # One that it drew itself has no head of its own.
+    save_file(
+        {name: array for name, array in tensors.items() if name != "lm_head.weight"},
+        tmp_path / "model.safetensors",
+    )
+    config = open_folder(tmp_path, "it").config
+    assert (config.tied_head, config.scaled_head) == (True, False)
+
+
+def test_the_memory_of_a_step_is_planned():
+    """Of one whose sources are so long that nearly all of it is scores."""
+    config = Seq2SeqConfig("t5", 64, 32, 1, 16, 16, 8, 48, 2048, 1e-6)
+    bounds = BOUNDS | {"step_tokens": 512}
+    graph, empty = abstract(config, Precision(jnp.float32))
+    steps = Steps(graph, config, StepShape(**bounds, encodes=True))
+    (forward,) = (p for p in programs(steps, empty, jnp.float32) if p.name == "forward[512]")
+    needed = forward.lower().compile().memory_analysis().temp_size_in_bytes
+    plan = plan_memory(config, jnp.float32, 0, **bounds, free=accelerator_memory(1 << 34))
+    assert 0.5 < needed / plan.work_bytes < 1.0

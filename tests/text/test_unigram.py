@@ -55,6 +55,11 @@ def test_a_source_is_as_its_maker_cuts_it_and_closed(tokenizer, stored, text):
     assert not any(map(tokenizer.is_control, set(plain) - {2}))
 
 
+def test_a_folder_that_names_no_end_has_its_configuration_s(tmp_path, stored):
+    bare = folder_of(tmp_path / "it", spiece_model=stored)
+    assert bare.encode(TEXTS[0])[-1] == 1
+
+
 def test_sentinels_stand_behind_the_pieces(tokenizer):
     assert tokenizer.vocab_size == PIECES + EXTRA
     assert tokenizer.token_text(PIECES) == f"<extra_id_{EXTRA - 1}>"

@@ -1,6 +1,7 @@
 """PEFT's folders: what they mean, and that nothing else is taken for them."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import ml_dtypes
@@ -69,6 +70,24 @@ def test_some_matrices_of_some_layers_and_another_float_type(tmp_path):
     for name, change in added.items():
         want = 2 * change if name.startswith("layers.1") else 0 * change
         np.testing.assert_allclose(found[name], want, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("facts", "is_told"),
+    [
+        ({"layers_to_transform": [0, 1]}, True),
+        ({"layers_to_transform": [0]}, False),
+        ({"layers_to_transform": 0}, False),
+        ({"exclude_modules": ["model.layers.1.mlp.down_proj"]}, False),
+        ({"exclude_modules": ["layers.0.mlp.down_proj"]}, True),
+        ({"exclude_modules": r".*\.1\.mlp\.down_proj"}, False),
+    ],
+)
+def test_what_is_not_there_may_not_be_meant_to_be(tmp_path, facts, is_told):
+    tensors, _ = peft.draw(CONFIG, 3, 1)
+    folder = peft.write(tmp_path / "a", without(".1.mlp.down_proj")(tensors), 3, **facts)
+    with pytest.raises(ModelFileError, match="is missing") if is_told else nullcontext():
+        read_adapter(folder, CONFIG, 3, np.float32)
 
 
 def without(name):
