@@ -86,15 +86,16 @@ async def test_what_is_unloaded_stays_so(world):
 
 async def test_what_is_loaded_under_the_name_stays(world):
     own, current = world
-    await loading(own, current, 2)
+    own.hosting.gate.clear()
     other = asyncio.create_task(own.load("other", "tales"))
-    await asyncio.sleep(0)
+    await reached(lambda: own.hosting.opened[-1] == "other")
+    current["tales"] = 2
+    await asyncio.sleep(0.05)  # it waits for its turn
     own.hosting.gate.set()
     await other
-    current["tales"] = 3
     await asyncio.sleep(0.05)
     assert roots(own) == {"tales": "other@1"}
-    await reached(lambda: own.hosting.open == {"other@1"})
+    assert own.hosting.opened == ["tales", "other"]
 
 
 async def test_what_failed_is_tried_again(world, monkeypatch):

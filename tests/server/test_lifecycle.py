@@ -60,6 +60,7 @@ async def test_draining_refuses_new_work_and_finishes_the_old(headers):
         asking = server.post("/v1/completions", ASKED, headers=headers)
         working = asyncio.create_task(asking)
         await until(lambda: running(server) == 1)
+        assert server.state.in_flight == 1
         drained = asyncio.create_task(drain(server.state))
         await asyncio.sleep(0)
         assert (await server.session.get(server.url + "/health")).status == 200
