@@ -3,14 +3,15 @@
     python bench/swap.py MODEL [--streams 32] [--dtype bf16] [--memory .45]
 
 MODEL is registered twice in a cache of its own, and served by its name; so many clients stream one
-answer after the other, and in the midst of it the second version is promoted. Prints, before,
-while it is loaded, and after: tokens/s, the longest time between two tokens of one answer, errors;
-and what the device held before and after. Exits with 1 where a request failed.
+answer after the other, no token guessed, and in the midst of it the second version is promoted.
+Prints, before, while it is loaded, and after: tokens/s, the longest time between two tokens of one
+answer, errors; and what the device held before and after. Exits with 1 where a request failed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import statistics
 import sys
 import tempfile
@@ -89,9 +90,13 @@ def held_bytes() -> int:
 async def measure(model: str, streams: int, seconds: float, sets: list[str], cache: Path) -> bool:
     registry, phase = registered(model, cache), [Seen()]
     stop, url = asyncio.Event(), asyncio.get_running_loop().create_future()
-    settings = load_settings(None, ["server.port=0", f"engine.max_slots={streams}", *sets])
+    sets = ["server.port=0", f"engine.max_slots={streams}", "engine.speculate=off", *sets]
+    settings = load_settings(None, sets)
     began = (time.perf_counter(), None, stop, url.set_result)
     serving = asyncio.create_task(serve_models([NAME], settings, cache, *began))
+    await asyncio.wait({url, serving}, return_when=asyncio.FIRST_COMPLETED)
+    if serving.done():
+        serving.result()  # raises why
     async with AsyncClient(await url, max_retries=0) as client:
         held = held_bytes()
         clients = [asyncio.create_task(ask(client, phase)) for _ in range(streams)]
@@ -114,10 +119,11 @@ async def measure(model: str, streams: int, seconds: float, sets: list[str], cac
 
 
 def show(name: str, seen: Seen, elapsed_s: float) -> None:
+    gaps_s = seen.gaps_s or [math.nan]
     print(
         f"{name:8} {elapsed_s:5.1f} s, {seen.tokens / elapsed_s:8,.0f} tokens/s; "
-        f"between two tokens {1e3 * statistics.median(seen.gaps_s):.1f} ms, "
-        f"at the most {1e3 * max(seen.gaps_s):.0f}; "
+        f"between two tokens {1e3 * statistics.median(gaps_s):.1f} ms, "
+        f"at the most {1e3 * max(gaps_s):.0f}; "
         f"{seen.errors} errors",
         flush=True,
     )

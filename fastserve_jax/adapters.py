@@ -17,7 +17,7 @@ import jax
 from jax.typing import DTypeLike
 
 from .core.types import Adapter
-from .errors import InvalidRequest, ModelFileError, ModelNotFound
+from .errors import FastServeError, InvalidRequest, ModelFileError, ModelNotFound
 from .models.adapters import AdapterRoom
 from .models.config import ModelConfig
 from .weights.adapter import find_adapter
@@ -61,32 +61,54 @@ class LoadedAdapters:
         self._one_at_a_time = asyncio.Lock()
 
     async def load_wanted(self) -> None:
-        """Raises as `load` does."""
-        for name, reference in list(self._wanted.items()):
-            await self.load(name, reference)
+        """And nothing else, whatever is asked of the engine before this one meanwhile. Raises as
+        `load` does."""
+        while True:
+            for name, own in list(self.loaded.items()):
+                if self._wanted.get(name) != own.reference:
+                    self._drop(name)
+            missing = next((name for name in self._wanted if name not in self.loaded), None)
+            if missing is None:
+                return
+            reference = self._wanted[missing]
+            try:
+                await self._load(missing, reference)
+            except FastServeError:
+                if self._wanted.get(missing) == reference:
+                    raise
 
     async def load(self, name: str, reference: str) -> None:
         """A folder in PEFT's format, or a registered adapter. Raises InvalidRequest where the name
         is taken or no place is free, ModelNotFound where there is no such thing, ModelFileError
         and ConfigError for what cannot be served; and has then changed nothing."""
-        async with self._one_at_a_time:
-            if name in self.loaded:
-                raise InvalidRequest(
-                    f"The lora adapter '{name}' has already been loaded.", param="lora_name"
-                )
-            self._free_index()  # or else it is not worth reading
-            arrays = await asyncio.to_thread(self._read, reference)
-            adapter = Adapter(self._free_index(), next(self._serials))
-            self._engine.add_adapter(adapter, arrays)
-            self.loaded[name] = Loaded(adapter, reference)
-            self._wanted[name] = reference
+        if name in self._wanted:
+            raise InvalidRequest(
+                f"The lora adapter '{name}' has already been loaded.", param="lora_name"
+            )
+        self._wanted[name] = reference  # whatever takes the engine's place meanwhile has it, too
+        try:
+            async with self._one_at_a_time:
+                await self._load(name, reference)
+        except BaseException:
+            self._wanted.pop(name, None)
+            raise
+
+    async def _load(self, name: str, reference: str) -> None:
+        self._free_index()  # or else it is not worth reading
+        arrays = await asyncio.to_thread(self._read, reference)
+        adapter = Adapter(self._free_index(), next(self._serials))
+        self._engine.add_adapter(adapter, arrays)
+        self.loaded[name] = Loaded(adapter, reference)
 
     def unload(self, name: str) -> None:
         """Raises ModelNotFound."""
         if name not in self.loaded:
             raise ModelNotFound(f"The lora adapter '{name}' cannot be found.", param="lora_name")
-        self._engine.drop_adapter(self.loaded.pop(name).adapter)
+        self._drop(name)
         self._wanted.pop(name, None)
+
+    def _drop(self, name: str) -> None:
+        self._engine.drop_adapter(self.loaded.pop(name).adapter)
 
     def _free_index(self) -> int:
         places, used = range(1, self._room.count + 1), self._engine.adapters_in_use

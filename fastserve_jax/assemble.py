@@ -51,7 +51,6 @@ from fastserve_jax.runtime.traced import lower_kept
 from fastserve_jax.text.chat import ChatTemplate
 from fastserve_jax.text.load import load_tokenizer
 from fastserve_jax.text.tokenizer import Tokenizer
-from fastserve_jax.weights.adapter import find_adapter, read_facts
 from fastserve_jax.weights.load import ModelFiles, open_model
 
 
@@ -173,8 +172,6 @@ def load(
     `leader` of a group, its other hosts have their parts."""
     # A bad name is found before the slow part.
     make_policy(settings.engine.policy, Limits(), CostModel())
-    for adapter in settings.lora.named().values():
-        read_facts(find_adapter(adapter, cache_dir))
 
     def text(files: ModelFiles) -> tuple[Tokenizer, ChatTemplate]:
         tokenizer = load_tokenizer(files.tokenizer_source)

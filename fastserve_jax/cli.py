@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -80,13 +81,14 @@ def serve(
     """Serve MODELS over an OpenAI-compatible API; a request that names none means the first.
 
     A name of our own registry is served as its current version, whichever that comes to be: after
-    `fastserve models promote` the new one is loaded beside, and takes over.
+    `fastserve models promote` the new one is loaded beside, and takes over. NAME@VERSION stays what
+    it is, and clients call it so.
 
     Parameters
     ----------
     models
         Catalogue names (see `fastserve models`), .gguf files, Hugging Face folders, hf:org/name,
-        or registered versions.
+        or registered versions; NAME=MODEL where clients are to call it NAME.
     host
         Address to listen on; 0.0.0.0 for all.
     port
@@ -132,11 +134,15 @@ def _serve(models: tuple[str, ...], settings: Settings, hosts: HostFlags) -> int
     member = membership(os.environ, hosts)
     if not member.leads:
         from fastserve_jax.follow import follow_model
+        from fastserve_jax.weights.load import named
 
-        return follow_model(models[0], settings, cache_folder(), member)
+        return follow_model(named(models[0])[1], settings, cache_folder(), member)
     from fastserve_jax.serve import serve_models
 
-    return asyncio.run(serve_models(models, settings, cache_folder(), _BEGAN, member))
+    status = asyncio.run(serve_models(models, settings, cache_folder(), _BEGAN, member))
+    if any(thread.name == "load" for thread in threading.enumerate()):
+        os._exit(status)  # or else it would be waited for
+    return status
 
 
 @app.command

@@ -55,6 +55,7 @@ class Encodings:
         await asyncio.wait({self._loop})
         self._end(EngineFailed("the server stops"))
         await asyncio.to_thread(self._thread.shutdown)  # others are served meanwhile
+        del self._run  # and with it the weights: its numbers are asked for on
 
     @property
     def waiting(self) -> int:

@@ -24,18 +24,19 @@ from fastserve_jax.metrics import Metrics
 from fastserve_jax.runtime.compile import CompileCounter
 from fastserve_jax.server.served import Entry, Served, ServedEncoder
 from fastserve_jax.terminal import Bars
-from fastserve_jax.weights.load import find_encoder
-from fastserve_jax.weights.registry import REGISTRY, Registry
+from fastserve_jax.weights.load import find_encoder, named
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Hosting:
-    """What every model is loaded with."""
+    """What every model is loaded with. A draft model and the adapters in `settings` are those of
+    the one called `first`, and of what takes its place."""
 
     settings: Settings
     cache_dir: Path
     metrics: Metrics
     counter: CompileCounter
+    first: str
     leader: Leader | None = None
     _adapters: dict[str, dict[str, str]] = field(default_factory=dict)  # by model: wanted beside it
 
@@ -44,9 +45,10 @@ class Hosting:
         """Of any kind, for clients to call `name`; None takes its own. Entering takes as long as
         loading does. Raises OperatorErrors."""
         began = time.perf_counter()
+        name = name or named(reference)[0]
+        settings = self._settings(name)
         with self.counter.paused(), Bars() as bars:
-            loaded = await in_thread(lambda: self._load(reference, bars))
-        name = name or self._own_name(reference, loaded.name)
+            loaded = await in_thread(lambda: self._load(reference, settings, bars))
         opened: AbstractAsyncContextManager[Entry]
         if isinstance(loaded, Loaded):
             opened = self._decoder(loaded, name, began)
@@ -55,37 +57,43 @@ class Hosting:
         async with opened as served:
             yield served
 
-    def _load(self, reference: str, bars: Bars) -> Loaded | LoadedEncoder:
+    def forget(self, name: str) -> None:
+        """Whatever is called so next begins without adapters."""
+        self._adapters.pop(name, None)
+        if name == self.first:
+            self.first = ""
+
+    def _settings(self, name: str) -> Settings:
+        own = self.settings
+        if name == self.first:
+            return own
+        model, lora = replace(own.model, draft=""), replace(own.lora, adapters=())
+        return replace(own, model=model, lora=lora)
+
+    def _load(self, reference: str, settings: Settings, bars: Bars) -> Loaded | LoadedEncoder:
         files = find_encoder(reference, self.cache_dir, bars.pull)
         if files is not None:
             if self.leader is not None:
                 raise ConfigError(f"{files.name} is an encoder: it is served by one host")
-            return load_encoder(files, self.settings, self.cache_dir)
+            return load_encoder(files, settings, self.cache_dir)
         with all_or_none() if self.leader is not None else nullcontext():
-            return load(reference, self.settings, self.cache_dir, bars, self.leader)
-
-    def _own_name(self, reference: str, name: str) -> str:
-        """Of a version that of all its versions: clients need not know which one it is."""
-        version = Registry(self.cache_dir / REGISTRY).find(reference)
-        return name if version is None else version.name
+            return load(reference, settings, self.cache_dir, bars, self.leader)
 
     @asynccontextmanager
     async def _decoder(self, loaded: Loaded, name: str, began: float) -> AsyncIterator[Served]:
         metrics = self.metrics.of(name)
-        numbers = {
-            "compiled_programs": loaded.programs,
-            "compile_seconds": loaded.compile_s,
-            "startup_seconds": time.perf_counter() - began,
-        }
-        metrics.observe(lambda: numbers)
         with loaded.runner:
             async with loaded.engine(metrics.step) as engine:
-                # Those of the settings are the first model's.
-                first = {} if self._adapters else self.settings.lora.named()
-                wanted = self._adapters.setdefault(name, first)
+                wanted = self._adapters.setdefault(name, loaded.settings.lora.named())
                 adapters = loaded.adapters(engine, self.cache_dir, wanted)
                 if adapters is not None:
                     await adapters.load_wanted()
+                numbers = {
+                    "compiled_programs": loaded.programs,
+                    "compile_seconds": loaded.compile_s,
+                    "startup_seconds": time.perf_counter() - began,
+                }
+                metrics.observe(lambda: numbers)
                 with metrics.watching(engine.stats, loaded.limits.page_size):
                     yield replace(_served(loaded, engine, name), adapters=adapters)
 

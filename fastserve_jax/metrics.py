@@ -48,7 +48,9 @@ class Metrics(Collector):
 
     def of(self, model_name: str) -> ModelMetrics:
         """Those of a model, which begin when they are first asked for."""
-        return self._models.setdefault(model_name, ModelMetrics(model_name))
+        if model_name not in self._models:
+            self._models[model_name] = ModelMetrics(model_name)
+        return self._models[model_name]
 
     def observe(self, source: Callable[[], Mapping[str, float]]) -> None:
         """Export what `source` gives at every scrape; names that end in _total are counters."""

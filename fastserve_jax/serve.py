@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from fastserve_jax.errors import ConfigError
 from fastserve_jax.follow import end_with_group
 from fastserve_jax.group.leader import Leader
 from fastserve_jax.group.membership import Membership
-from fastserve_jax.hosting import Hosting
+from fastserve_jax.hosting import Hosting, in_thread
 from fastserve_jax.metrics import Metrics
 from fastserve_jax.roster import Roster
 from fastserve_jax.runtime.compile import CompileCounter
@@ -27,6 +26,8 @@ from fastserve_jax.server.lifecycle import serve
 from fastserve_jax.server.served import Served
 from fastserve_jax.server.state import ServerState
 from fastserve_jax.terminal import console, ready_lines
+from fastserve_jax.weights.adapter import find_adapter, read_facts
+from fastserve_jax.weights.load import named
 
 _BLAME_S = 1.0  # a step may fail for want of a host before it is known which one is gone
 
@@ -40,33 +41,38 @@ async def serve_models(
     stop: asyncio.Event | None = None,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> int:
-    """Serve until a signal or `stop`; a request that names no model means the first. Returns the
-    exit status; raises OperatorErrors. With a `membership` of several hosts, as the one that leads.
+    """Serve until a signal or `stop`; a request that names no model means the first. `references`
+    may be NAME=REFERENCE. Returns the exit status; raises OperatorErrors. With a `membership` of
+    several hosts, as the one that leads.
+
+    A thread "load" may be left: a compilation cannot be interrupted, but the process may end.
 
     `began` is when the person began to wait, by time.perf_counter.
     """
     stop = stop or asyncio.Event()
-    metrics = Metrics(references[0])
+    models = [named(reference) for reference in references]
+    metrics = Metrics(models[0][0])
     state = ServerState(settings.server, metrics)
     url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     server = asyncio.create_task(serve(state, url.set_result, stop), name="server")
     leader = _leader(membership, state, stop)
     counter = CompileCounter()
-    roster = Roster(state, Hosting(settings, cache_dir, metrics, counter, leader).host)
+    roster = Roster(state, Hosting(settings, cache_dir, metrics, counter, models[0][0], leader))
     try:
         opening: set[asyncio.Future[bool] | asyncio.Future[str]] = {server, url}
         await asyncio.wait(opening, return_when=asyncio.FIRST_COMPLETED)
         if server.done():
             server.result()  # raises what kept it from listening, before anything is loaded
         with counter:
-            loading = asyncio.create_task(_load(roster, references, leader), name="loading")
+            checked = in_thread(lambda: _check(models, settings, cache_dir, leader))
+            loading = asyncio.create_task(_load(roster, models, checked), name="loading")
             both: set[asyncio.Task[bool] | asyncio.Task[None]] = {server, loading}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not loading.done():
                 console.print("stopped while loading")
-                os._exit(0)  # a compilation cannot be interrupted, and nothing is owed to anybody
+                loading.cancel()
+                return 0  # nothing is owed to anybody
             loading.result()
-            metrics.model_name = state.entries[0].name
             metrics.observe(lambda: {"recompiles_after_ready_total": counter.compiles})
             gc.freeze()  # what was loaded stays: no collection need look at it
             gc.enable()
@@ -77,8 +83,6 @@ async def serve_models(
             console.print(_ready(state, address, time.perf_counter() - began), soft_wrap=True)
             finished = await server
             watching.cancel()
-            if roster.loading:
-                os._exit(0 if finished else 1)  # as above
             await roster.close()
         if leader is not None:
             leader.close()
@@ -90,15 +94,26 @@ async def serve_models(
         await roster.close()
 
 
-async def _load(roster: Roster, references: Sequence[str], leader: Leader | None) -> None:
+async def _load(
+    roster: Roster, models: Sequence[tuple[str, str]], checked: asyncio.Future[None]
+) -> None:
     """Nothing here may hold one of them: it would stay when another has taken its place."""
-    if leader is not None and len(references) > 1:
+    await checked
+    for name, reference in models:
+        await roster.load(reference, name)
+
+
+def _check(
+    models: Sequence[tuple[str, str]], settings: Settings, cache_dir: Path, leader: Leader | None
+) -> None:
+    """What can be known before the slow part. Raises OperatorErrors."""
+    if leader is not None and len(models) > 1:
         raise ConfigError("a group of hosts serves one model")
-    names = set()
-    for reference in references:
-        names.add((await roster.load(reference)).name)
-    if len(names) < len(references):
-        raise ConfigError(f"a name is there twice among {', '.join(references)}")
+    names = [name for name, _ in models]
+    if "" in names or len({*names}) < len(names):
+        raise ConfigError(f"models {', '.join(names)}: write NAME=REFERENCE, each name once")
+    for adapter in settings.lora.named().values():
+        read_facts(find_adapter(adapter, cache_dir))
 
 
 def _watch(

@@ -35,6 +35,8 @@ _WAITING = re.compile(rb"^fastserve:num_requests_waiting{[^}]*} (\S+)$", re.M)
 
 async def run_fleet(reference: str, settings: Settings, cache_dir: Path, ray_address: str) -> int:
     """Until a signal. Returns the exit status; raises OperatorErrors."""
+    if settings.server.loading:  # by one replica, and not by the others
+        raise ConfigError("a fleet serves the one model: leave server.loading out")
     with Bars() as bars:  # what cannot be served is found here, and not by each of them
         open_config(reference, cache_dir, bars.pull)
     _join(ray_address)

@@ -22,6 +22,7 @@ CPU_GRAIN = 1  # its pool is a power of two, so that a start finds the programs 
 DEVICE_FRACTION = 0.92  # of an accelerator's: the rest is XLA's, and what has gone to pieces
 DEVICE_GRAIN = 16  # steps between two powers of two
 HOST_FRACTION = 0.25  # of an accelerator's host's: pinned, so the kernel cannot make room
+_BESIDE = "; where it is to be beside another, serve both with --set model.memory=.45"
 MOST_HOST_BYTES = 48 << 30  # XLA pins 64 GiB for a GPU at the most, unless told otherwise
 
 
@@ -114,6 +115,7 @@ def plan_memory(
         raise DoesNotFit(
             f"the model does not fit: {plan}. It needs {size_of(need)} at the least: take "
             f"{smaller} model, a narrower --dtype, or fewer slots (--set engine.max_slots=N)"
+            + ("" if free.whole_bytes else _BESIDE)
         )
     raise DoesNotFit(
         f"the KV pool does not fit: {plan}. --set kv.pages={fits} with "

@@ -14,7 +14,7 @@ from fastserve_jax.server import (
     websocket,
 )
 from fastserve_jax.server.exchange import STATE
-from fastserve_jax.server.middleware import keys_checked, outermost, stamp
+from fastserve_jax.server.middleware import SOCKET, keys_checked, outermost, stamp
 from fastserve_jax.server.state import ServerState
 
 
@@ -45,7 +45,7 @@ def create_app(state: ServerState) -> web.Application:
             web.post("/classify", embeddings.classify),
             web.post("/score", embeddings.score),
             web.post("/v1/responses", responses.create),
-            web.get("/v1/responses", websocket.connect, allow_head=False),
+            web.get(SOCKET, websocket.connect, allow_head=False),
             web.get("/v1/responses/{id}", responses.retrieve),
             web.delete("/v1/responses/{id}", responses.delete),
             web.post("/tokenize", probes.tokenize),

@@ -21,6 +21,7 @@ from fastserve_jax.server.exchange import OWNER, REQUEST_ID, STATE, error_answer
 from fastserve_jax.server.state import Phase, ServerState
 
 PROBES = frozenset({"/health", "/ready", "/metrics"})
+SOCKET = "/v1/responses"  # with GET
 
 _log = logging.getLogger(__name__)
 _access_log = logging.getLogger("fastserve_jax.access")
@@ -56,7 +57,9 @@ async def outermost(request: web.Request, handler: Handler) -> web.StreamRespons
 
 
 def _wants_socket(request: web.Request) -> bool:
-    return request.headers.get("Upgrade", "").lower() == "websocket"
+    """Each of its responses counts by itself. Whoever says so elsewhere is not believed."""
+    is_upgrade = request.headers.get("Upgrade", "").lower() == "websocket"
+    return is_upgrade and (request.method, request.path) == ("GET", SOCKET)
 
 
 async def _answered(request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -43,9 +43,8 @@ async def model(request: web.Request) -> web.StreamResponse:
 async def load(request: web.Request) -> web.StreamResponse:
     """Answers when it is served, or says why it cannot be; then all is as it was."""
     state = request.app[STATE]
-    roster = _roster(state)
     asked = await read_json(request, Loading)
-    state.models  # noqa: B018  (raises while no work is taken)
+    roster = _roster(state)
     try:
         return json_answer(_card(await roster.load(asked.model, asked.name)))
     except OperatorError as error:
@@ -55,8 +54,8 @@ async def load(request: web.Request) -> web.StreamResponse:
 async def unload(request: web.Request) -> web.StreamResponse:
     """Answers when it has no new requests; those that it has are finished."""
     state = request.app[STATE]
-    roster = _roster(state)
     asked = await read_json(request, Unloading)
+    roster = _roster(state)
     served = state.named(asked.model)
     if isinstance(served, Served) and served.adapter is not None:
         _adapters(state.model(served.parent)).unload(asked.model)
@@ -68,8 +67,8 @@ async def unload(request: web.Request) -> web.StreamResponse:
 async def load_adapter(request: web.Request) -> web.StreamResponse:
     """Answers when requests may name it, or says why not; then all is as it was."""
     state = request.app[STATE]
-    _roster(state)
     asked = await read_json(request, AdapterLoading)
+    _roster(state)
     base = state.model(asked.base_model_name)
     if not asked.lora_name or not asked.lora_path:
         raise InvalidRequest("Both 'lora_name' and 'lora_path' must be provided.")
@@ -87,8 +86,8 @@ async def load_adapter(request: web.Request) -> web.StreamResponse:
 async def unload_adapter(request: web.Request) -> web.StreamResponse:
     """Answers when new requests are refused; those that it has are finished."""
     state = request.app[STATE]
-    _roster(state)
     name = (await read_json(request, AdapterUnloading)).lora_name
+    _roster(state)
     for own in state.models:
         if isinstance(own, Served) and own.name == name and own.adapter is not None:
             _adapters(state.model(own.parent)).unload(name)
@@ -107,6 +106,8 @@ def _adapters(served: Served) -> Adapters:
 
 
 def _roster(state: ServerState) -> Roster:
+    """Raises what `models` of the state does, and InvalidRequest where what is served stays."""
+    state.models  # noqa: B018
     if state.config.loading and state.roster is not None:
         return state.roster
     fault = InvalidRequest(

@@ -130,10 +130,12 @@ class ServerState:
         ModelNotFound."""
         models = self.models
         found = models[:1] if name is None else [own for own in models if own.name == name]
+        if not models:
+            raise ModelNotFound("no model is served here: load one with POST /models/load")
         if not found:
-            there = ", ".join(repr(own.name) for own in models) or "a model to be loaded"
-            asked = "no model" if name is None else f"model {name[:100]!r}"
-            raise ModelNotFound(f"{asked} is not served here; ask for {there}", param="model")
+            there = ", ".join(repr(own.name) for own in models)
+            fault = f"model {name!r:.102} is not served here; ask for {there}"
+            raise ModelNotFound(fault, param="model")
         if (work := _WORK.get()) is not None:
             work.served = found[0]
         return found[0]

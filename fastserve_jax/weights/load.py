@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -271,14 +272,14 @@ def open_model(reference: str, cache_dir: Path, progress: Progress = silent) -> 
     if reference.startswith("hf:"):
         name = reference.removeprefix("hf:")
         return open_folder(fetch_snapshot(name), name)
-    path = Path(reference).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(reference))
+    if os.path.isdir(path):  # unlike Path's this takes whatever a client has sent
         return open_folder(path.resolve(), path.resolve().name)
-    if path.is_file():
+    if os.path.isfile(path):
         return open_gguf(path.resolve(), path.stem)
     near = difflib.get_close_matches(reference.lower(), catalogue, n=3, cutoff=0.4)
     raise ModelFileError(
-        f"no model {reference!r}: not a file, a folder or hf:org/name; the catalogue has "
+        f"no model {reference!r:.100}: not a file, a folder or hf:org/name; the catalogue has "
         + ", ".join(near or sorted([*catalogue, *embedded_names()]))
     )
 
@@ -294,9 +295,22 @@ def find_encoder(
         return open_encoder(unpacked(fetch(entry, cache_dir, progress)), entry.name)
     registry = Registry(cache_dir / REGISTRY)
     version = registry.find(reference)
-    path = Path(reference).expanduser() if version is None else registry.path(version)
-    name = path.resolve().name if version is None else str(version)
-    return open_encoder(path.resolve(), name) if path.is_dir() and is_encoder(path) else None
+    path = Path(os.path.expanduser(reference)) if version is None else registry.path(version)
+    if not os.path.isdir(path) or not is_encoder(path):
+        return None
+    return open_encoder(path.resolve(), path.resolve().name if version is None else str(version))
+
+
+def named(text: str) -> tuple[str, str]:
+    """NAME=REFERENCE: what clients call a model, and what it is. Without a name it is called what
+    its file or folder is, or else as it is written: `stories`, `stories@2`."""
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path):
+        return path.resolve().name, text
+    if os.path.isfile(path):
+        return path.stem, text
+    name, equals, reference = text.partition("=")
+    return (name, reference) if equals else (text.removeprefix("hf:"), text)
 
 
 def open_config(

@@ -117,6 +117,11 @@ async def test_adapters_come_and_go_beside_their_model(made, said, monkeypatch):
         assert "no adapter 'nowhere'" in await post(session, "/v1/load_lora_adapter", absent, 404)
         await post(session, "/models/unload", {"model": "polite"})
         assert [card.id for card in (await client.models.list()).data] == ["stories", "merged"]
+        # The name begins anew where no version takes over, whatever it is then.
+        await post(session, "/v1/load_lora_adapter", loading)
+        await post(session, "/models/unload", {"model": "stories"})
+        await post(session, "/models/load", {"model": "stories@1", "name": "stories"})
+        assert [card.id for card in (await client.models.list()).data] == ["merged", "stories"]
         metrics = await (await session.get("/metrics")).text()
         assert 'recompiles_after_ready_total{model_name="stories"} 0.0' in metrics
 

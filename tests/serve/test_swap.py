@@ -136,7 +136,7 @@ async def _metrics(url):
 
 
 async def test_a_stream_that_runs_is_finished_by_the_model_it_began_with(cache):
-    async with running(cache, "tales@1", sets=SETS) as url, AsyncClient(url) as client:
+    async with running(cache, "tales=tales@1", sets=SETS) as url, AsyncClient(url) as client:
         long = ASKED | {"max_tokens": 100}
         alone = (await client.complete(PROMPTS[0], **long)).choices[0].text
         async with client.stream_complete(PROMPTS[0], **long) as chunks:
@@ -152,7 +152,7 @@ async def test_several_models_by_name(cache, tmp_path):
     encoder = folder_of(tmp_path / "small", ENCODER, drawn(ENCODER))
     write_words(encoder, ENCODER.vocab_size)
     async with (
-        running(cache, "tales@2", encoder, sets=SETS) as url,
+        running(cache, "tales=tales@2", encoder, sets=SETS) as url,
         AsyncClient(url) as client,
         aiohttp.ClientSession(url) as session,
     ):
@@ -161,6 +161,9 @@ async def test_several_models_by_name(cache, tmp_path):
         vectors = await _json(session, "/v1/embeddings", {"input": "the cat", "model": "small"})
         assert len(vectors["data"][0]["embedding"]) == ENCODER.hidden_size
         await _json(session, "/v1/embeddings", {"input": "the cat"}, 400)  # the first writes
+        held = _bytes()
+        await client.load_model(str(encoder), name="small")  # in place of the other
+        await until(lambda: _holds(held))
         await client.load_model("tiny")
         both = [await text(client, PROMPTS[0], name) for name in ("tales", "tiny")]
         assert both[0] != both[1] == await text(client, PROMPTS[0], "tiny")
@@ -177,11 +180,16 @@ async def test_what_cannot_be_loaded_changes_nothing(cache, tmp_path):
     for file in (tmp_path / "torn" / PARAMETERS).rglob("*"):
         if file.is_file() and file.stat().st_size > 10_000:
             file.write_bytes(file.read_bytes()[:5000])
-    async with running(cache, "tales@1", sets=SETS) as url, aiohttp.ClientSession(url) as session:
+    async with (
+        running(cache, "tales=tales@1", sets=SETS) as url,
+        aiohttp.ClientSession(url) as session,
+    ):
         for body, said in (
             ({"model": "nothing-like-it"}, "no model 'nothing-like-it'"),
             ({"model": str(tmp_path / "torn"), "name": "tales"}, "torn"),
             ({"model": "tales@9"}, "no version tales@9"),
+            ({"model": "x\0y"}, "no model 'x"),
+            ({"model": "x" * 5000}, "no model 'xxx"),
             ({"name": "tales"}, "model"),
         ):
             fault = await _json(session, "/models/load", body, 400)

@@ -1,14 +1,16 @@
 """Adapters as names beside their model: who answers to which, and what waits for whom."""
 
 import asyncio
+import threading
 from dataclasses import dataclass, field
 
 import pytest
 
-from fastserve_jax.adapters import Loaded
+from fastserve_jax.adapters import Loaded, LoadedAdapters
 from fastserve_jax.core.types import Adapter
-from fastserve_jax.errors import ModelNotFound
+from fastserve_jax.errors import InvalidRequest, ModelFileError, ModelNotFound
 from fastserve_jax.metrics import Metrics
+from fastserve_jax.models.adapters import AdapterRoom
 from fastserve_jax.server.config import ServerConfig
 from fastserve_jax.server.served import Served
 from fastserve_jax.server.state import ServerState
@@ -53,6 +55,58 @@ async def test_names_and_whose_they_are():
     assert state.model("a").parent == "two"
     with pytest.raises(ModelNotFound, match="'b' is not served here"):
         state.model("b")
+
+
+class Holder:
+    """An engine that holds adapters."""
+
+    def __init__(self):
+        self.held = {}
+
+    adapters_in_use = property(lambda self: set(self.held))
+
+    def add_adapter(self, adapter, arrays):
+        self.held[adapter.index] = arrays
+
+    def drop_adapter(self, adapter):
+        del self.held[adapter.index]
+
+
+async def test_what_is_asked_while_another_engine_takes_over_is_kept(monkeypatch, tmp_path):
+    began, gate, loop = asyncio.Queue(), threading.Event(), asyncio.get_running_loop()
+
+    def read(_, reference):
+        loop.call_soon_threadsafe(began.put_nowait, reference)
+        gate.wait(10)
+        if reference == "bad":
+            raise ModelFileError("bad")
+        return reference
+
+    monkeypatch.setattr(LoadedAdapters, "_read", read)
+    wanted = {"kept": "k", "goes": "g", "other": "1"}
+    old, new = (
+        LoadedAdapters(Holder(), None, AdapterRoom(4, 4), None, tmp_path, wanted) for _ in "ab"
+    )
+    gate.set()
+    await old.load_wanted()
+    gate.clear()
+    coming = asyncio.create_task(old.load("comes", "c"))
+    taking = asyncio.create_task(new.load_wanted())
+    for _ in range(5):
+        await began.get()
+    with pytest.raises(InvalidRequest, match="already been loaded"):
+        await old.load("comes", "c")
+    old.unload("kept")  # the very one that is being read
+    old.unload("other")
+    gate.set()
+    await asyncio.gather(coming, taking)
+    with pytest.raises(ModelFileError):
+        await old.load("kept", "bad")
+    meant = {"goes": "g", "comes": "c"}
+    assert wanted == meant
+    for own in (old, new):
+        assert {name: held.reference for name, held in own.loaded.items()} == meant
+        assert sorted(own._engine.held.values()) == ["c", "g"]
 
 
 async def test_a_model_waits_for_requests_with_its_adapters():

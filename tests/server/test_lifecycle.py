@@ -25,11 +25,12 @@ async def test_it_is_live_before_it_is_ready():
         assert (await server.session.get(server.url + "/health")).status == 200
         ready = await server.session.get(server.url + "/ready")
         assert (ready.status, bool(ready.headers["Retry-After"])) == (503, True)
-        async with await server.post("/v1/completions", ASKED) as answer:
-            assert answer.status == 503
-            assert answer.headers["Retry-After"]
-            assert "loading" in (await answer.json())["error"]["message"]
-        assert server.state.metrics.rejected["loading"] == 1  # probes are not rejections
+        for path in ("/v1/completions", "/models/load"):
+            async with await server.post(path, ASKED) as answer:
+                assert answer.status == 503
+                assert answer.headers["Retry-After"]
+                assert "loading" in (await answer.json())["error"]["message"]
+        assert server.state.metrics.rejected["loading"] == 2  # probes are not rejections
 
 
 async def test_a_full_queue_says_when_to_come_again():
@@ -53,10 +54,13 @@ async def test_a_full_queue_says_when_to_come_again():
         await server.quiet()
 
 
-async def test_draining_refuses_new_work_and_finishes_the_old():
+@pytest.mark.parametrize("headers", [{}, {"Upgrade": "websocket"}])
+async def test_draining_refuses_new_work_and_finishes_the_old(headers):
     async with kit(delay_s=0.01) as server:
-        working = asyncio.create_task(server.json("/v1/completions", ASKED))
+        asking = server.post("/v1/completions", ASKED, headers=headers)
+        working = asyncio.create_task(asking)
         await until(lambda: running(server) == 1)
+        assert server.state.in_flight == 1
         drained = asyncio.create_task(drain(server.state))
         await asyncio.sleep(0)
         assert (await server.session.get(server.url + "/health")).status == 200
@@ -65,7 +69,8 @@ async def test_draining_refuses_new_work_and_finishes_the_old():
             assert answer.status == 503
             assert answer.headers["Retry-After"]
             assert answer.headers["Connection"] == "close"
-        text = (await working)["choices"][0]["text"]
+        async with await working as answer:
+            text = (await answer.json())["choices"][0]["text"]
         assert text == answer_to(token_ids("hello"), 3, 30, eos=False)[0]
         assert await drained is True
 
