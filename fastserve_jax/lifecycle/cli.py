@@ -200,6 +200,7 @@ def load(model: str, /, *, name: str | None = None, url: Url = _URL, api_key: Ke
     ----------
     name
         What clients will call it; a model that they call so now finishes what it has, and goes.
+        Else it is called as it is written: NAME follows what is promoted, NAME@VERSION stays.
     """
     from fastserve_jax.lifecycle.remote import run_load
 
