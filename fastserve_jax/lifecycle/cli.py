@@ -30,8 +30,8 @@ def prepare_data(
 ) -> None:
     """Clean FILES, leave out what is there twice, turn it into tokens and pack these into rows.
 
-    Text (documents apart by a blank line or <|endoftext|>), JSON lines, CSV, or a .zip of them.
-    What was interrupted goes on where it stood.
+    Text (documents apart by a blank line or <|endoftext|>), JSON lines or an array, CSV, or a .zip
+    of them. What was interrupted goes on where it stood.
 
     Parameters
     ----------
@@ -61,11 +61,15 @@ def prepare_data(
 @data.command(name="stories")
 def write_stories(out: Path, /, *, count: int = 20_000, first: int = 0) -> None:
     """Write COUNT little stories, made by rule, to OUT: text to try training on."""
+    from fastserve_jax.errors import ConfigError
     from fastserve_jax.lifecycle.documents import END
     from fastserve_jax.lifecycle.stories import stories
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(END.join(stories(count, first)), encoding="utf-8")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(END.join(stories(count, first)), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot write: {error.strerror}") from error
 
 
 def train(

@@ -18,10 +18,9 @@ from fastserve_jax.runtime.hosts import divide_cpu
 from fastserve_jax.terminal import console
 from fastserve_jax.weights.registry import REGISTRY, Registry, Version, check_name
 
-from .dataset import TOKENIZER, Dataset
+from .dataset import Dataset
 from .prepare import Wanted, prepare
 from .settings import TrainSettings
-from .vocabulary import copy_vocabulary
 
 if TYPE_CHECKING:
     from .search import Tried
@@ -34,15 +33,18 @@ def run_prepare(
     from .origin import tokenizer_of
 
     began = time.perf_counter()
-    if tokenizer and not (out / TOKENIZER).is_dir():
-        copy_vocabulary(tokenizer_of(tokenizer, cache_dir), out / TOKENIZER)
+    words = tokenizer_of(tokenizer, cache_dir) if tokenizer else None
     with console.status("reading") as status:
-        facts = prepare(
-            files, out, wanted, lambda stage, done: status.update(f"{stage}: {done:,} documents")
-        )
+
+        def told(stage: str, done: int) -> None:
+            status.update(f"{stage}: {done:,} documents")
+
+        facts = prepare(files, out, wanted, words, told)
     left_out = f"{facts.repeated:,} there twice"
     left_out += f", {facts.near:,} nearly so" if wanted.near else ""
+    left_out += f", {facts.unanswered:,} with no answer in a row" if facts.unanswered else ""
     left_out += f" and {facts.empty:,} empty ones left out"
+    left_out += f"; {facts.cut:,} longer than a row cut" if facts.cut else ""
     console.print(
         f"{facts.documents:,} documents ({left_out}), {facts.tokens:,} to be learned, in "
         f"{facts.train_rows:,} rows of {facts.context} and {facts.valid_rows:,} to measure with; "

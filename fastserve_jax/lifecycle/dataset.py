@@ -33,7 +33,6 @@ class Facts:
     kind: str  # of ARRAYS
     context: int
     vocab_size: int
-    end: int  # token behind a document
     train_rows: int
     valid_rows: int
     tokens: int  # that are learned, of both
@@ -43,6 +42,8 @@ class Facts:
     fingerprint: str  # of sources and settings
     labels: tuple[str, ...] = ()
     near: int = 0  # documents left out because they were nearly like another
+    cut: int = 0  # documents longer than a row, of which only the beginning is here
+    unanswered: int = 0  # conversations left out: no answer in what fits a row
 
 
 class Dataset:
@@ -73,12 +74,10 @@ class Dataset:
             raise DataError(f"{self.folder / part}: {sorted(rows)} rows, not what {FACTS} says")
         return found
 
-    def batches(
-        self, part: str, rows: int, seed: int | None, host: tuple[int, int] = (0, 1)
-    ) -> Any:
+    def batches(self, part: str, rows: int, seed: int | None) -> Any:
         """Endless batches of so many rows in an order that `seed` gives, other in each round; a
-        grain iterator, whose state says where it is. Of `host` (number, count) its own share. None
-        goes through all once, in their order, the last batch smaller."""
+        grain iterator, whose state says where it is. None goes through all once, in their order,
+        the last batch smaller."""
         import grain
 
         source = _Source(self.arrays(part))
@@ -90,8 +89,7 @@ class Dataset:
         data = grain.MapDataset.source(source)
         if seed is None:
             return iter(data.batch(rows, drop_remainder=False))
-        number, count = host
-        data = data.seed(seed).shuffle().repeat()[number::count]
+        data = data.seed(seed).shuffle().repeat()
         return iter(data.batch(rows, drop_remainder=True).to_iter_dataset(_no_threads()))
 
 

@@ -1,4 +1,4 @@
-"""Documents out of files: text, JSON lines, CSV; cleaned, and each only once.
+"""Documents out of files: text, JSON lines and arrays, CSV; cleaned, and each only once.
 
 A document is plain text, a conversation, or a text with its label. Knows no tokens.
 """
@@ -11,6 +11,7 @@ import json
 import re
 import unicodedata
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import TextIOWrapper
@@ -64,13 +65,13 @@ def documents(paths: Iterable[Path], counts: Counts, near: float = 0) -> Iterato
             if not cleaned.text and not cleaned.messages:
                 counts.empty += 1
                 continue
-            plain = _plain_words(cleaned)
-            mark = _mark(plain, cleaned.label)
+            said = cleaned.text or json.dumps(cleaned.messages, sort_keys=True)
+            mark = _mark(said, cleaned.label)
             if mark in seen:
                 counts.repeated += 1
                 continue
             seen.add(mark)
-            if alike is not None and alike.has(plain, cleaned.label):
+            if alike is not None and alike.has(_plain_words(said), cleaned.label):
                 counts.near += 1
                 continue
             yield cleaned
@@ -78,7 +79,8 @@ def documents(paths: Iterable[Path], counts: Counts, near: float = 0) -> Iterato
 
 def clean(text: str) -> str:
     """NFC, no control characters, one space where there were several, no more than one blank
-    line. Spaces that begin a line stay: code is text, too."""
+    line; ? for half a surrogate pair. Spaces that begin a line stay: code is text, too."""
+    text = text.encode("utf-8", "replace").decode()
     text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
     lines = (_CONTROL.sub("", line) for line in text.split("\n"))
     return _BLANK.sub("\n\n", "\n".join(map(_tidy, lines))).strip("\n")
@@ -94,18 +96,17 @@ def _cleaned(document: Document) -> Document:
         {**m, "content": clean(m["content"])} if isinstance(m.get("content"), str) else m
         for m in document.messages
     )
-    return Document(clean(document.text), messages, document.label.strip())
+    return Document(clean(document.text), messages, clean(document.label).strip())
 
 
-def _plain_words(document: Document) -> str:
-    """The same of documents that differ in no more than case, spaces and punctuation."""
-    said = document.text or json.dumps(document.messages, sort_keys=True)
+def _plain_words(said: str) -> str:
     return re.sub(r"\W+", " ", said.casefold()).strip()
 
 
-def _mark(plain: str, label: str) -> bytes:
-    said = f"{plain}\0{label}".encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(said, digest_size=16).digest()
+def _mark(said: str, label: str) -> bytes:
+    """The same of documents that differ in no more than case and spaces."""
+    told = f"{' '.join(said.casefold().split())}\0{label}"
+    return hashlib.blake2b(told.encode(), digest_size=16).digest()
 
 
 def _read(path: Path) -> Iterator[Document]:
@@ -114,23 +115,32 @@ def _read(path: Path) -> Iterator[Document]:
         if ending == ".zip":
             yield from _zipped(path)
             return
-        reader = _READERS.get(ending, _plain)
-        with path.open(encoding="utf-8", newline="") as file:
+        reader = _READERS.get(ending)
+        if reader is None:
+            known = ", ".join(filter(None, _READERS))
+            raise DataError(f"{path}: what ends in {ending} is not read, but {known}, .zip are")
+        with path.open(encoding=_ENCODING, newline="") as file:
             yield from reader(file, str(path))
-    except (OSError, zipfile.BadZipFile, csv.Error) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, csv.Error) as error:
         raise DataError(f"{path}: cannot read: {error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8: {error}") from error
 
 
 def _zipped(path: Path) -> Iterator[Document]:
-    """Each text file of an archive is a document; lines and tables are read as such."""
+    """Each file of an archive is read as it would be by itself; of other kinds, and hidden ones,
+    none is."""
     with zipfile.ZipFile(path) as archive:
         for name in sorted(archive.namelist()):
             reader = _READERS.get(Path(name).suffix.lower())
-            if name.endswith("/") or reader is None:
+            is_hidden = any(part.startswith((".", "__MACOSX")) for part in Path(name).parts)
+            if name.endswith("/") or is_hidden or reader is None:
                 continue
-            with archive.open(name) as opened, TextIOWrapper(opened, "utf-8", newline="") as file:
+            try:
+                opened = archive.open(name)
+            except RuntimeError as error:  # encrypted, or by a method that is not known here
+                raise DataError(f"{path}!{name}: cannot read: {error}") from error
+            with opened, TextIOWrapper(opened, _ENCODING, newline="") as file:
                 yield from reader(file, f"{path}!{name}")
 
 
@@ -153,36 +163,74 @@ def _lines(file: IO[str], where: str) -> Iterator[Document]:
         if not line.strip():
             continue
         try:
-            found = json.loads(line)
-            yield _of_fields(found)
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            yield _of_fields(json.loads(line))
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}:{number}: {error}") from error
+
+
+def _array(file: IO[str], where: str) -> Iterator[Document]:
+    try:
+        every = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: {error}; with an object on each line it is a .jsonl") from error
+    if not isinstance(every, list):
+        raise DataError(f"{where}: not an array of objects")
+    for number, found in enumerate(every, 1):
+        try:
+            yield _of_fields(found)
+        except ValueError as error:
+            raise DataError(f"{where}: object {number}: {error}") from error
 
 
 def _table(file: IO[str], where: str) -> Iterator[Document]:
+    csv.field_size_limit(_MOST_CHARACTERS)
     for number, row in enumerate(csv.DictReader(file), 2):
         try:
             yield _of_fields({key: value or "" for key, value in row.items() if key})
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise DataError(f"{where}:{number}: {error}") from error
 
 
-def _of_fields(found: Mapping[str, Any]) -> Document:
+def _of_fields(found: Any) -> Document:
     """text or content, with label, category, class or intent if there is one; messages; or prompt
-    and completion, instruction and output, question and answer."""
+    and completion, instruction and output, question and answer. Raises ValueError."""
+    if not isinstance(found, dict):
+        raise ValueError("not an object with fields")
     if isinstance(found.get("messages"), list):
-        return Document(messages=tuple(_message(one) for one in found["messages"]))
+        return _talk(found["messages"])
     for asked, answered in _PAIRS:
         if asked in found and answered in found:
-            said = (
-                f"{found[asked]}\n\n{found['input']}" if found.get("input") else str(found[asked])
-            )
-            turns = (("user", said), ("assistant", str(found[answered])))
-            return Document(messages=tuple({"role": r, "content": c} for r, c in turns))
-    text = next((found[name] for name in _TEXT if name in found), None)
-    if not isinstance(text, str):
+            both = found[asked], found[answered]
+            if all(isinstance(one, list) for one in both):
+                return _talk([*both[0], *both[1]])
+            said = _string(found, asked)
+            if found.get("input"):
+                said = f"{said}\n\n{_string(found, 'input')}"
+            turns = (("user", said), ("assistant", _string(found, answered)))
+            return _talk([{"role": role, "content": content} for role, content in turns])
+    name = next((name for name in _TEXT if name in found), None)
+    if name is None:
         raise ValueError(f"no field {', '.join(_TEXT)} or messages, but {', '.join(found)[:200]}")
-    return Document(text, label=str(next((found[n] for n in _LABEL if n in found), "")))
+    return Document(_string(found, name), label=_label(found))
+
+
+def _string(found: Mapping[str, Any], name: str) -> str:
+    text = found[name]
+    if not isinstance(text, str):
+        raise ValueError(f"{name} is no text: {json.dumps(text)[:80]}")
+    return text
+
+
+def _label(found: Mapping[str, Any]) -> str:
+    """Numbers may be labels; null is none."""
+    name = next((name for name in _LABEL if found.get(name) is not None), None)
+    if name is None:
+        return ""
+    return str(found[name]) if isinstance(found[name], int) else _string(found, name)
+
+
+def _talk(messages: Iterable[Any]) -> Document:
+    return Document(messages=tuple(map(_message, messages)))
 
 
 def _message(one: Any) -> Message:
@@ -191,12 +239,14 @@ def _message(one: Any) -> Message:
     return one
 
 
+_ENCODING = "utf-8-sig"  # UTF-8; what marks it as such at the beginning is no text
 _TEXT = ("text", "content", "sentence")
 _LABEL = ("label", "category", "class", "intent")
 _PAIRS = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
 _READERS: dict[str, Callable[[IO[str], str], Iterator[Document]]] = {
     ".jsonl": _lines,
     ".ndjson": _lines,
+    ".json": _array,
     ".csv": _table,
     ".txt": _plain,
     ".md": _plain,

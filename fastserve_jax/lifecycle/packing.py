@@ -39,9 +39,12 @@ class Rows(NamedTuple):
 
 @dataclass(slots=True)
 class Packer:
-    """Text goes on in the next row where one ends; a conversation that does not fit begins one."""
+    """Text goes on in the next row where one ends; a conversation that does not fit begins one, is
+    cut where it is longer than a row, and left out if there is no answer in what remains."""
 
     context: int
+    cut: int = 0  # of the conversations that are here
+    unanswered: int = 0  # conversations left out
     _rows: list[list[Piece]] = field(default_factory=list)
     _room: int = 0
 
@@ -49,6 +52,10 @@ class Packer:
         tokens, learned = piece
         if whole:
             tokens, learned = tokens[: self.context], learned[: self.context]
+            if not any(learned):
+                self.unanswered += 1
+                return
+            self.cut += len(piece.tokens) > self.context
         while tokens:
             if not self._room or (whole and len(tokens) > self._room):
                 self._rows.append([])
@@ -81,18 +88,19 @@ def piece_of(document: Document, tokenizer: Tokenizer, template: ChatTemplate, e
 
 
 def _conversation(document: Document, template: ChatTemplate) -> Piece:
-    """What an assistant says is learned, with the token that ends it."""
+    """What an assistant says is learned, with the token that ends it; only read is what it says
+    first of all, and what the template writes otherwise once more follows (as Qwen3's does)."""
     messages = document.messages
     tokens = template.encode(messages, add_generation_prompt=False)
     learned = [False] * len(tokens)
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    answers = [n for n, message in enumerate(messages) if n and message["role"] == "assistant"]
+    for number in answers:
         asked = template.encode(messages[:number], add_generation_prompt=True)
         answered = template.encode(messages[: number + 1], add_generation_prompt=False)
-        if tokens[: len(answered)] != answered or answered[: len(asked)] != asked:
-            raise InvalidRequest("the chat template does not write an answer behind its question")
-        learned[len(asked) : len(answered)] = [True] * (len(answered) - len(asked))
+        if tokens[: len(answered)] == answered and answered[: len(asked)] == asked:
+            learned[len(asked) : len(answered)] = [True] * (len(answered) - len(asked))
+    if answers and not any(learned):
+        raise InvalidRequest("the chat template does not write an answer behind its question")
     return Piece(tokens, learned)
 
 

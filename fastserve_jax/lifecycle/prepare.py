@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import batched
 from pathlib import Path
@@ -25,21 +25,23 @@ from fastserve_jax.text.load import load_tokenizer
 from fastserve_jax.text.tokenizer import Tokenizer
 from fastserve_jax.text.wordpiece import WordPiece, is_wordpiece, load_wordpiece
 
-from .dataset import ARRAYS, FACTS, TOKENIZER, TRAIN, VALID, Facts
+from .dataset import ARRAYS, FACTS, TOKENIZER, TRAIN, VALID, Dataset, Facts
 from .documents import Counts, Document, documents
 from .packing import Packer, end_token, piece_of
-from .vocabulary import train_vocabulary
+from .vocabulary import copy_vocabulary, train_vocabulary, vocabulary_files
 
 _PARTS = ".parts"
 _PART_DOCUMENTS = 2000
+_FORM = 2  # of what is made: another number, and what was begun is not gone on with
 
+type Source = Path | Mapping[str, object]  # of a tokenizer
 type Arrays = dict[str, NDArray[Any]]
 type Progress = Callable[[str, int], None]  # stage, documents
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """`vocabulary` is kind:size, to be trained, unless the folder has a tokenizer already."""
+    """`vocabulary` is kind:size, to be trained; empty where a tokenizer is given."""
 
     context: int = 512
     vocabulary: str = ""
@@ -59,51 +61,86 @@ class Wanted:
 
 
 def prepare(
-    files: Sequence[Path], folder: Path, wanted: Wanted, progress: Progress = lambda *_: None
+    files: Sequence[Path],
+    folder: Path,
+    wanted: Wanted,
+    tokenizer: Source | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Facts:
-    """Raises DataError and ConfigError. What is there already and of the same files is kept."""
+    """Raises DataError and ConfigError. What is there already and of the same files, settings and
+    tokenizer is kept."""
     if not files:
         raise DataError("no files: name some text, JSONL or CSV")
-    mark = _fingerprint(files, wanted)
-    done = folder / FACTS
-    if done.exists():
-        known = msgspec.json.decode(done.read_bytes(), type=Facts)
+    if (tokenizer is None) != bool(wanted.vocabulary):
+        raise ConfigError(
+            "say either whose --tokenizer to take, or what --vocabulary to train: bpe:4096"
+        )
+    mark = _fingerprint(files, wanted, tokenizer)
+    if (folder / FACTS).exists():
+        known = Dataset(folder).facts
         if known.fingerprint == mark:
             return known
         raise DataError(f"{folder} has another dataset: take another folder, or delete it")
+    try:
+        return _make(files, folder, wanted, mark, tokenizer, progress)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot write: {error.strerror or error}") from error
+
+
+def _make(
+    files: Sequence[Path],
+    folder: Path,
+    wanted: Wanted,
+    mark: str,
+    tokenizer: Source | None,
+    progress: Progress,
+) -> Facts:
     parts = folder / _PARTS / mark
     parts.mkdir(parents=True, exist_ok=True)
-    if not (folder / TOKENIZER).is_dir():
-        _train(files, folder, wanted, progress)
+    words = parts / TOKENIZER
+    if not words.is_dir():
+        written = parts / f".{TOKENIZER}"
+        if tokenizer is None:
+            _train(files, written, wanted, progress)
+        else:
+            copy_vocabulary(tokenizer, written)
+        os.replace(written, words)
     counts, labels = Counts(), _labels(files) if wanted.kind == "labels" else ()
-    maker = _maker(wanted, folder / TOKENIZER, labels)
+    maker = _maker(wanted, words, labels)
     several = batched(documents(files, counts, wanted.near), _PART_DOCUMENTS)
     names = [_part(parts, number, some, maker) for number, some in _told(several, progress)]
     rows = {part: _join(names, part, folder, wanted.kind) for part in (TRAIN, VALID)}
+    unanswered = _sum(names, "unanswered")
+    kept = counts.kept - unanswered
     if not rows[TRAIN]:
-        raise DataError(f"nothing to train on: of {counts.read} documents {counts.kept} are kept")
+        raise DataError(f"nothing to train on: of {counts.read} documents {kept} are kept")
     facts = Facts(
         kind=wanted.kind,
         context=wanted.context,
         vocab_size=maker.tokenizer.vocab_size,
-        end=maker.end,
         train_rows=rows[TRAIN],
         valid_rows=rows[VALID],
         tokens=sum(_learned(folder, part, wanted.kind) for part in (TRAIN, VALID)),
-        documents=counts.kept,
+        documents=kept,
         repeated=counts.repeated,
         empty=counts.empty,
         fingerprint=mark,
         labels=labels,
         near=counts.near,
+        cut=_sum(names, "cut"),
+        unanswered=unanswered,
     )
-    _write(done, msgspec.json.format(msgspec.json.encode(asdict(facts))))
+    shutil.rmtree(folder / TOKENIZER, ignore_errors=True)  # one that was not finished with
+    shutil.copytree(words, folder / TOKENIZER)
+    _write(folder / FACTS, msgspec.json.format(msgspec.json.encode(asdict(facts))))
     shutil.rmtree(folder / _PARTS)
     return facts
 
 
-def _fingerprint(files: Sequence[Path], wanted: Wanted) -> str:
-    found = hashlib.blake2b(repr(wanted).encode(), digest_size=8)
+def _fingerprint(files: Sequence[Path], wanted: Wanted, tokenizer: Source | None) -> str:
+    words = {} if tokenizer is None else vocabulary_files(tokenizer)
+    marks = [(name, hashlib.blake2b(data).hexdigest()) for name, data in sorted(words.items())]
+    found = hashlib.blake2b(repr((_FORM, wanted, marks)).encode(), digest_size=8)
     for path in files:
         try:
             with path.open("rb") as file:
@@ -116,12 +153,10 @@ def _fingerprint(files: Sequence[Path], wanted: Wanted) -> str:
 def _train(files: Sequence[Path], folder: Path, wanted: Wanted, progress: Progress) -> None:
     kind, _, size = wanted.vocabulary.partition(":")
     if not size.isdecimal():
-        raise ConfigError("say whose --tokenizer to take, or what --vocabulary to train: bpe:4096")
+        raise ConfigError(f"no size in --vocabulary {wanted.vocabulary}: say, bpe:4096")
     progress("learning a vocabulary", 0)
-    written = folder / f".{TOKENIZER}"
     texts = (text for document in documents(files, Counts()) for text in _texts(document))
-    train_vocabulary(texts, kind, int(size), written)
-    os.replace(written, folder / TOKENIZER)
+    train_vocabulary(texts, kind, int(size), folder)
 
 
 def _texts(document: Document) -> Iterator[str]:
@@ -189,19 +224,33 @@ class _Maker:
             except InvalidRequest as error:
                 raise DataError(f"{str(document)[:80]}: {error}") from error
             packer.add(piece, whole=bool(document.messages))
-        return packer.rows()._asdict()
+        return packer.rows()._asdict() | _counts(packer.cut, packer.unanswered)
 
     def _labelled(self, some: Sequence[Document]) -> Arrays:
         context = self.wanted.context
         tokens = np.zeros((len(some), context), np.uint32)
         lengths, labels = np.zeros(len(some), np.int32), np.zeros(len(some), np.int32)
+        cut = 0
         for row, document in enumerate(some):
             ids = self.tokenizer.encode(document.text)
             if len(ids) > context:  # what ends it stays: an encoder has a mark there
                 ids = [*ids[: context - 1], ids[-1]]
+                cut += 1
             tokens[row, : len(ids)], lengths[row] = ids, len(ids)
             labels[row] = self.labels.index(document.label)
-        return {"tokens": tokens, "lengths": lengths, "labels": labels}
+        return {"tokens": tokens, "lengths": lengths, "labels": labels} | _counts(cut, 0)
+
+
+def _counts(cut: int, unanswered: int) -> Arrays:
+    return {"cut": np.array(cut), "unanswered": np.array(unanswered)}
+
+
+def _sum(parts: Sequence[Path], count: str) -> int:
+    total = 0
+    for path in parts:
+        with np.load(path, allow_pickle=False) as stored:
+            total += sum(int(stored[f"{name}.{count}"]) for name in (TRAIN, VALID))
+    return total
 
 
 def _part(folder: Path, number: int, some: Sequence[Document], maker: _Maker) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +15,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from fastserve_jax.errors import ConfigError, ModelFileError
 from fastserve_jax.text.load import VOCABULARY
 
+from .documents import END
+
 KINDS = ("bpe", "sentencepiece")
 _FILES = (
     "tokenizer.json",
@@ -26,7 +27,6 @@ _FILES = (
     "generation_config.json",
     VOCABULARY,
 )
-_END = "<|endoftext|>"
 _LEAST = {"bpe": 257, "sentencepiece": 300}  # every byte, and what is no text
 
 
@@ -46,13 +46,13 @@ def _train_bpe(texts: Iterator[str], size: int, folder: Path) -> None:
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        special_tokens=[_END],
+        special_tokens=[END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     library.train_from_iterator(texts, trainer)
-    library.save(str(folder / "tokenizer.json"))
-    named = {"eos_token": _END, "add_bos_token": False}
+    (folder / "tokenizer.json").write_text(library.to_str(pretty=True), encoding="utf-8")
+    named = {"eos_token": END, "add_bos_token": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(named, indent=1))
 
 
@@ -79,17 +79,22 @@ def _train_sentencepiece(texts: Iterator[str], size: int, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(named, indent=1))
 
 
-def copy_vocabulary(source: Path | Mapping[str, object], folder: Path) -> None:
-    """Of a model into a folder that has none. Raises ModelFileError."""
-    folder.mkdir(parents=True, exist_ok=True)
+def vocabulary_files(source: Path | Mapping[str, object]) -> dict[str, bytes]:
+    """Of a model, by their names. Raises ModelFileError."""
     if isinstance(source, Mapping):
-        (folder / VOCABULARY).write_bytes(msgspec.msgpack.encode(dict(source), enc_hook=_plain))
-        return
-    found = [name for name in _FILES if (source / name).is_file()]
+        return {VOCABULARY: msgspec.msgpack.encode(dict(source), enc_hook=_plain)}
+    found = {name: (source / name).read_bytes() for name in _FILES if (source / name).is_file()}
     if not found:
         raise ModelFileError(f"{source}: no tokenizer is there")
-    for name in found:
-        shutil.copyfile(source / name, folder / name)
+    return found
+
+
+def copy_vocabulary(source: Path | Mapping[str, object], folder: Path) -> None:
+    """Of a model into a folder that has none. Raises ModelFileError."""
+    files = vocabulary_files(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
 
 
 def _plain(value: object) -> object:

@@ -59,16 +59,48 @@ def test_archives(tmp_path):
         archive.writestr("one.txt", "in one")
         archive.writestr("deep/two.jsonl", '{"text": "in two"}')
         archive.writestr("picture.png", b"\x89PNG")
+        archive.writestr("__MACOSX/._one.txt", b"\x00\x05\x16\x07\xff")
+        archive.writestr("deep/.hidden/three.txt", "three")
     found, _ = read(tmp_path / "a.zip")
     assert [d.text for d in found] == ["in two", "in one"]
+    locked = bytearray((tmp_path / "a.zip").read_bytes())
+    for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # as encrypted
+        begins = -1
+        while (begins := locked.find(mark, begins + 1)) >= 0:
+            locked[begins + at] |= 1
+    (tmp_path / "b.zip").write_bytes(locked)
+    with pytest.raises(DataError, match=r"b.zip!deep/two.jsonl: cannot read: .* encrypted"):
+        read(tmp_path / "b.zip")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "wanted"),
+    [
+        ("a.csv", "\ufefftext,label\nhi,a\n", [Document("hi", label="a")]),
+        ("a.csv", "text\n" + "long " * 40_000, [Document("long " * 39_999 + "long")]),
+        ("a.jsonl", '\ufeff{"text": "hi", "label": 3}', [Document("hi", label="3")]),
+        ("a.jsonl", '{"text": "a\\ud800b", "label": null}', [Document("a?b")]),
+        ("a.jsonl", '{"prompt": [{"role": "user", "content": "p"}], "completion": []}', ["p"]),
+        ("a.json", '[{"prompt": "p", "completion": "c"},\n{"text": "t"}]', ["p", "c", "t"]),
+    ],
+)
+def test_forms_that_others_write(tmp_path, name, data, wanted):
+    (tmp_path / name).write_bytes(data.encode())
+    found, _ = read(tmp_path / name)
+    if isinstance(wanted[0], str):
+        found = [
+            said for one in found for said in ([m["content"] for m in one.messages] or [one.text])
+        ]
+    assert found == wanted
 
 
 def test_what_differs_in_nothing_that_matters_is_there_once(tmp_path):
     path = tmp_path / "a.jsonl"
-    texts = ["The cat sat.", "the  cat -- SAT", "The cat sat on it.", "The cat sat."]
-    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    texts = ["The cat sat.", "the  cat\nSAT.", "The cat sat on it.", "The cat sat."]
+    others = ["12 + 3", "12 - 3", "C++", "C#", "\U0001f44d", "\U0001f44e"]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts + others))
     found, counts = read(path)
-    assert [d.text for d in found] == ["The cat sat.", "The cat sat on it."]
+    assert [d.text for d in found] == ["The cat sat.", "The cat sat on it.", *others]
     assert counts.repeated == 2
 
 
@@ -129,6 +161,13 @@ def test_cleaning(given, wanted):
     [
         ("a.jsonl", b'{"text": "x"}\n{"tex', "a.jsonl:2"),
         ("a.jsonl", b'{"words": "x"}', "no field text, content, sentence or messages, but words"),
+        ("a.jsonl", b"3", "a.jsonl:1: not an object"),
+        ("a.jsonl", b'{"instruction": "x", "output": null}', "output is no text: null"),
+        ("a.jsonl", b'{"prompt": [1], "completion": "c"}', r"prompt is no text: \[1\]"),
+        ("a.jsonl", b'{"text": "x", "label": ["a"]}', "label is no text"),
+        ("a.json", b'[{"text": "x"}, {}]', "a.json: object 2: no field text"),
+        ("a.json", b'{"text": "x"}\n{"text": "y"}', "it is a .jsonl"),
+        ("a.xml", b"<a>x</a>", r"what ends in .xml is not read, but .jsonl, .* .zip are"),
         ("a.jsonl", b'{"messages": [1]}', "an object with role and content"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl:1"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),

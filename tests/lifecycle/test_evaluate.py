@@ -72,9 +72,8 @@ def labelled(tmp_path_factory):
         table.writerow(("text", "label"))
         for number in range(36):
             table.writerow((f"{words[number % 6]} {' on' * (number // 6)}", LABELS[number % 3]))
-    (folder / "data" / "tokenizer").mkdir(parents=True)
-    write_words(folder / "data" / "tokenizer", 100)
-    prepare([folder / "a.csv"], folder / "data", Wanted(16, "", 0.0, "labels"))
+    write_words(folder, 100)
+    prepare([folder / "a.csv"], folder / "data", Wanted(16, "", 0.0, "labels"), folder)
     return Dataset(folder / "data")
 
 

@@ -54,8 +54,7 @@ def teach(folder, number, conversations, model, steps):
         lines.append(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}))
     path.write_text("\n".join(lines))
     data = folder / f"data{number}"
-    copy_vocabulary(folder / "words", data / "tokenizer")
-    facts = prepare([path], data, Wanted(48, "", 0.0))
+    facts = prepare([path], data, Wanted(48, "", 0.0), folder / "words")
     given = {"base": model, "name": "fox", "steps": steps, "batch_rows": facts.train_rows}
     given |= {"evaluate_every": steps, "optimiser.weight_decay": 0.0}
     run_train(runs.settings(data, folder / f"run{number}", **given), folder / "cache")

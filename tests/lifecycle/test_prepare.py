@@ -8,8 +8,12 @@ import pytest
 from fastserve_jax.errors import ConfigError, DataError
 from fastserve_jax.lifecycle import prepare as module
 from fastserve_jax.lifecycle.dataset import Dataset
+from fastserve_jax.lifecycle.documents import Document
+from fastserve_jax.lifecycle.packing import Packer, end_token, piece_of
 from fastserve_jax.lifecycle.prepare import Wanted, prepare
 from fastserve_jax.lifecycle.stories import stories, story
+from fastserve_jax.lifecycle.vocabulary import train_vocabulary
+from fastserve_jax.text.chat import ChatTemplate
 from fastserve_jax.text.load import load_tokenizer
 
 
@@ -28,7 +32,7 @@ def made(text, folder, **wanted):
 def read_back(dataset, part):
     """Documents, by segments that go on from row to row."""
     arrays, texts = dataset.arrays(part), [[]]
-    end = dataset.facts.end
+    end = end_token(load_tokenizer(dataset.folder / "tokenizer"))
     for tokens, segments, learned in zip(*arrays.values(), strict=True):
         assert (np.diff(segments.astype(int)) >= 0).all()
         for token, counts in zip(tokens, learned, strict=True):
@@ -79,12 +83,50 @@ def test_interrupted_or_not_it_is_the_same(text, tmp_path, monkeypatch):
         made(text, tmp_path / "cut", context=32)
 
 
+def test_a_folder_is_of_one_tokenizer(text, tmp_path, monkeypatch):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for size, folder in ((300, one), (301, other)):
+        train_vocabulary(stories(60), "bpe", size, folder)
+    wanted, folder = Wanted(64, "", 0.1), tmp_path / "d"
+
+    def failing(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_join", failing)
+        with pytest.raises(DataError, match="d: cannot write: No space left on device"):
+            prepare([text], folder, wanted, one)
+        with pytest.raises(DataError, match="cannot write"):
+            made(text, folder, vocabulary="bpe:280")
+    assert prepare([text], folder, wanted, other).vocab_size == 301
+    assert load_tokenizer(folder / "tokenizer").vocab_size == 301
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "dataset.json",
+        "tokenizer",
+        "train",
+        "valid",
+    ]
+    with pytest.raises(DataError, match="another dataset"):
+        prepare([text], folder, wanted, one)
+    with pytest.raises(ConfigError, match="either whose --tokenizer"):
+        prepare([text], folder, Wanted(vocabulary="bpe:300"), other)
+    with pytest.raises(DataError, match="cannot write: Not a directory"):
+        made(text, text / "under a file")
+
+
+def conversation(*said, first="user"):
+    roles = ("user", "assistant") if first == "user" else ("assistant", "user")
+    return [{"role": roles[at % 2], "content": content} for at, content in enumerate(said)]
+
+
 def test_of_a_conversation_answers_are_learned(tmp_path):
-    turns = [("user", "Hi"), ("assistant", "Hello!"), ("user", "Who?"), ("assistant", "Me.")]
-    messages = [{"role": role, "content": content} for role, content in turns]
+    messages = conversation("Hi", "Hello!", "Who?", "Me.")
     path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(json.dumps({"messages": messages[:n]}) for n in (2, 4)))
-    prepare([path], tmp_path / "d", Wanted(128, "bpe:300", 0.0))
+    every = [messages[:2], messages, messages[:1], conversation("Why? " * 99, "So.")]
+    every += [conversation("Long?", "Yes. " * 99)]
+    path.write_text("\n".join(json.dumps({"messages": one}) for one in every))
+    facts = prepare([path], tmp_path / "d", Wanted(128, "bpe:300", 0.0))
+    assert (facts.documents, facts.unanswered, facts.cut) == (3, 2, 1)
     dataset = Dataset(tmp_path / "d")
     tokenizer = load_tokenizer(tmp_path / "d" / "tokenizer")
     arrays = dataset.arrays("train")
@@ -96,6 +138,34 @@ def test_of_a_conversation_answers_are_learned(tmp_path):
     assert learned == [" Hello!\n", " Hello!\n Me.\n"]
 
 
+# As Qwen3's: the last answer is written otherwise than those before it.
+THINKS = (
+    "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}{% else %}<a>"
+    "{% if loop.last %}<think></think>{% endif %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "wanted"),
+    [
+        (conversation("Hi", "Yo", "And?", "So."), THINKS, "<think></think>So."),
+        (conversation("Hello!", "Hi", "Yo", first="assistant"), None, " Yo\n"),
+        (conversation("Hello!", "Hi", first="assistant"), None, ""),
+    ],
+)
+def test_what_cannot_be_told_to_be_an_answer_is_only_read(tmp_path, messages, template, wanted):
+    train_vocabulary(iter(["some text"]), "bpe", 257, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    document = Document(messages=tuple(messages))
+    piece = piece_of(document, tokenizer, ChatTemplate(tokenizer, template), 0)
+    learned = [t for t, counts in zip(piece.tokens, piece.learned, strict=True) if counts]
+    assert tokenizer.decode(learned) == wanted
+    packer = Packer(512)
+    packer.add(piece, whole=True)
+    assert (len(packer.rows().tokens), packer.unanswered) == ((1, 0) if wanted else (0, 1))
+
+
 def test_labels(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("text,label\ngood day,yes\nbad day,no\n0123456789 abcdefghij,yes\n")
@@ -104,6 +174,7 @@ def test_labels(tmp_path):
     assert facts.labels == ("no", "yes")
     assert arrays["labels"].tolist() == [1, 0, 1]
     assert arrays["lengths"].tolist()[2] == 8
+    assert facts.cut == 1
     path.write_text("text\ngood day\n")
     with pytest.raises(DataError, match="every text needs a label"):
         prepare([path], tmp_path / "e", Wanted(8, "bpe:257", 0.0, "labels"))
@@ -112,8 +183,9 @@ def test_labels(tmp_path):
 @pytest.mark.parametrize(
     ("wanted", "reason"),
     [
-        ({"vocabulary": ""}, "say whose --tokenizer"),
+        ({"vocabulary": ""}, "either whose --tokenizer"),
         ({"vocabulary": "words:400"}, "no vocabulary of kind words: there are bpe, sentencepiece"),
+        ({"vocabulary": "bpe"}, "no size in --vocabulary bpe"),
         ({"vocabulary": "bpe:100"}, "257 at the least"),
         ({"context": 4}, "8 at the least"),
         ({"holdout": 1.0}, "a share"),
