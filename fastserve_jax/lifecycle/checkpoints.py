@@ -14,8 +14,13 @@ from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from fastserve_jax.errors import TrainingFailed
+
+
+def _loss(metrics: Any) -> float:
+    return float(metrics["loss"])
 
 
 class Checkpoints:
@@ -24,12 +29,12 @@ class Checkpoints:
     def __init__(
         self, folder: Path, keep: int, report: Callable[[str], None] = lambda _: None
     ) -> None:
+        best = BestN(get_metric_fn=_loss, reverse=True, n=1)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            best_fn=lambda metrics: float(metrics["loss"]),
+            best_fn=_loss,
             best_mode="min",
-            keep_checkpoints_without_metrics=True,
             create=True,
+            preservation_policy=AnyPreservationPolicy([LatestN(n=keep), best]),
         )
         self.folder, self._report = folder.absolute(), report
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -62,20 +67,25 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def newest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """Step, arrays that lie as `like`, and the data's state. Raises TrainingFailed where there
-        are checkpoints and none can be read."""
+        """Step, arrays that lie as `like`, and the data's state; `like` is gone then, that there is
+        room for one. Raises TrainingFailed where there are checkpoints and none can be read."""
         return self._first(sorted(self._manager.all_steps(), reverse=True), like)
 
-    def best(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    def best(self, now: Any, step: int) -> tuple[int, Any, dict[str, Any]] | None:
+        """The same of the best; `now` is what there is of `step`."""
         best = self._manager.best_step()
+        if best == step:
+            return step, now, {}
         others = sorted(self._manager.all_steps(), reverse=True)
-        return self._first([s for s in (best, *others) if s is not None], like)
+        return self._first([s for s in (best, *others) if s is not None], now)
 
     def _first(self, steps: list[int], like: Any) -> tuple[int, Any, dict[str, Any]] | None:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         parts = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
         )
+        if steps:
+            jax.tree.map(lambda array: array.delete(), like)
         reasons = []
         for step in steps:
             try:

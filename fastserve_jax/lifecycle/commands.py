@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastserve_jax.config import read_settings
+from fastserve_jax.errors import ConfigError, TrainingFailed
 from fastserve_jax.runtime.hosts import divide_cpu
 from fastserve_jax.terminal import console
 from fastserve_jax.weights.registry import REGISTRY, Registry, Version, check_name
@@ -69,7 +71,7 @@ def run_train(settings: TrainSettings, cache_dir: Path) -> None:
         divide_cpu(settings.mesh.cpu_devices)
     from .curves import draw
     from .origin import open_base, open_teacher
-    from .train import train
+    from .train import checked, train
 
     columns = (
         TextColumn("training"),
@@ -79,36 +81,44 @@ def run_train(settings: TrainSettings, cache_dir: Path) -> None:
         TimeRemainingColumn(),
     )
     settings = replace(settings, base=Registry(cache_dir / REGISTRY).pinned(settings.base))
-    base = open_base(settings, cache_dir) if settings.base else None
-    teacher = open_teacher(settings, cache_dir)
     if settings.name:
         check_name(settings.name)  # before hours are spent
-    what = "texts" if Dataset(Path(settings.data)).facts.labels else "tokens"
+    what = "text" if checked(settings)[0].facts.labels else "token"
+    base = open_base(settings, cache_dir) if settings.base else None
+    teacher = open_teacher(settings, cache_dir)
     began = time.perf_counter()
-    with Progress(*columns, console=console, transient=True) as bar:
+    with _written(settings.out), Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=settings.steps, said="")
 
         def report(point: Point) -> None:
-            said = f"loss {point.loss:.3f}, {point.tokens_per_s:,.0f} {what}/s"
+            said = f"loss {point.loss:.3f}, {point.tokens_per_s:,.0f} {what}s/s"
             bar.update(task, completed=point.step, said=said)
             if point.valid_loss is not None:
                 console.print(
                     f"step {point.step}: loss {point.loss:.3f}, held out {point.valid_loss:.3f} "
-                    f"({point.valid_accuracy:.1%} right), {point.tokens_per_s:,.0f} {what}/s"
+                    f"({point.valid_accuracy:.1%} right), {point.tokens_per_s:,.0f} {what}s/s"
                 )
 
         done = train(settings, report, console.print, base, teacher)
-    picture = draw(Path(settings.out))
-    shown = f"; curves in {picture}" if picture else ""
     model = str(done.folder)
     if settings.name:
         model = str(_register(settings, done, cache_dir))
+    picture = draw(Path(settings.out), what)
+    shown = f"; curves in {picture}" if picture else ""
     console.print(
         f"{done.steps} steps in {time.perf_counter() - began:,.0f} s; the best is of step "
         f"{done.best_step}, held out {done.valid_loss:.3f}{shown}\n"
         f"  fastserve serve {_served(settings, model)}",
         soft_wrap=True,
     )
+
+
+@contextmanager
+def _written(out: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingFailed(f"{out} cannot be written: {error}; what is there stays") from error
 
 
 def _served(settings: TrainSettings, model: str) -> str:
@@ -121,11 +131,15 @@ def _served(settings: TrainSettings, model: str) -> str:
 def run_search(config: Path | None, sets: Sequence[str], cache_dir: Path) -> None:
     from .origin import open_base, open_teacher
     from .search import Searching, search
-    from .train import train
+    from .train import ADAPTER, MODEL, checked, train
 
     asked = read_settings(Searching, config, sets)
+    asked.check()
+    if asked.name:
+        raise ConfigError("a search registers nothing: leave `name` out, and train the best again")
     pinned = cache(Registry(cache_dir / REGISTRY).pinned)  # of all trials the same
-    with Progress(TextColumn("{task.description}"), console=console, transient=True) as bar:
+    columns = TextColumn("{task.description}")
+    with _written(asked.out), Progress(columns, console=console, transient=True) as bar:
         task = bar.add_task("")
 
         def run(
@@ -136,6 +150,7 @@ def run_search(config: Path | None, sets: Sequence[str], cache_dir: Path) -> Non
             ]
             own = read_settings(Searching, config, [*sets, *given, f"out={folder}"])
             own = replace(own, base=pinned(own.base))
+            checked(own)
             base = open_base(own, cache_dir) if own.base else None
 
             def heard(point: Point) -> None:
@@ -148,7 +163,8 @@ def run_search(config: Path | None, sets: Sequence[str], cache_dir: Path) -> Non
             console.print(_tried(tried), highlight=False)
 
         best = search(asked.search, asked, run, told)
-    console.print(f"best: {_tried(best)}\n  {asked.out}/trial-{best.number}", highlight=False)
+    made = f"{asked.out}/trial-{best.number}/{MODEL if asked.lora.merge else ADAPTER}"
+    console.print(f"best: {_tried(best)}\n  {made}", highlight=False, soft_wrap=True)
 
 
 def _tried(tried: Tried) -> str:

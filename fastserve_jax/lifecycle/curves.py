@@ -9,8 +9,8 @@ from .train import points
 PICTURE = "curves.png"
 
 
-def draw(folder: Path) -> Path | None:
-    """None where the extra `pictures` is not there."""
+def draw(folder: Path, what: str) -> Path | None:
+    """`what` has the loss: a token, or a text. None where the extra `pictures` is not there."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -23,7 +23,7 @@ def draw(folder: Path) -> Path | None:
     if measured:
         valid = [p.valid_loss for p in measured]
         loss.plot([p.step for p in measured], valid, "o-", label="held out", markersize=3)
-    loss.set_ylabel("nats per token")
+    loss.set_ylabel(f"nats per {what}")
     loss.legend()
     rate.plot([p.step for p in every], [p.learning_rate for p in every], color="grey", linewidth=1)
     rate.set_ylabel("learning rate")

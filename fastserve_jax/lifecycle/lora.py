@@ -27,6 +27,10 @@ class Lora:
     targets: tuple[str, ...] = ("layers.*.attn.*", "layers.*.mlp.*")  # which matrices
     merge: bool = True  # into a model; false: an adapter remains, served beside its base
 
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ConfigError(f"lora.rank is at least 0, not {self.rank}")
+
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
@@ -42,7 +46,8 @@ def adapters(arrays: Arrays, lora: Lora, seed: int) -> dict[str, jax.Array]:
     chosen = {name: array for name, array in arrays.items() if array.ndim == 2 and lora.of(name)}
     if not chosen:
         raise ConfigError(f"no matrix is named like {', '.join(lora.targets)}")
-    made = {name: array for name, array in arrays.items() if name.startswith("classifier.")}
+    # Copies: a step takes what is trained, and the base's own stays.
+    made = {n: array.copy() for n, array in arrays.items() if n.startswith("classifier.")}
     keys = jax.random.split(jax.random.key(seed), len(chosen))
     for key, (name, array) in zip(keys, sorted(chosen.items()), strict=True):
         out, size = array.shape

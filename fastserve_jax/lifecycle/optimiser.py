@@ -18,7 +18,7 @@ class Optimiser:
     learning_rate: float = 1e-3
     schedule: str = "cosine"  # how it falls after the warm-up, over the steps that are left
     warmup_steps: int = 100  # in which it rises from nothing
-    end: float = 0.1  # of it, at the last step
+    end: float = 0.1  # of it, what a step behind the last would have
     weight_decay: float = 0.1  # of matrices
     beta1: float = 0.9
     beta2: float = 0.95
@@ -30,6 +30,9 @@ class Optimiser:
             raise ConfigError(f"no schedule {self.schedule}: there are {', '.join(SCHEDULES)}")
         if not self.learning_rate > 0:
             raise ConfigError(f"a learning rate of {self.learning_rate} teaches nothing")
+        for name in ("warmup_steps", "weight_decay", "clip"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"optimiser.{name} is at least 0, not {getattr(self, name)}")
 
 
 def schedule(of: Optimiser, steps: int) -> optax.Schedule:

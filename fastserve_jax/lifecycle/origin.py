@@ -38,12 +38,7 @@ def open_base(
     """Raises ConfigError where the data is of another vocabulary, or teaches something else."""
     data = Dataset(Path(settings.data))
     model, arrays, vocab_size = open_arrays(settings.base, cache_dir, dtype_of(settings))
-    known = data.facts.vocab_size
-    if vocab_size != known:
-        raise ConfigError(
-            f"{settings.data} has a vocabulary of {known}, {settings.base} one of {vocab_size}: "
-            f"prepare it with --tokenizer {settings.base}"
-        )
+    _compare(data, settings.base, model, vocab_size)
     if isinstance(model, Classifier) or data.facts.kind == "labels":
         taught = Classifier(model.config, model.dtype, settings.remat)
         return _for_labels(settings, data, taught, arrays)
@@ -52,18 +47,28 @@ def open_base(
 
 def open_teacher(settings: TrainSettings, cache_dir: Path) -> tuple[Model, dict[str, Any]] | None:
     """Raises ConfigError where it is of another kind or vocabulary than the data."""
-    name, facts = settings.distil.teacher, Dataset(Path(settings.data)).facts
+    name, data = settings.distil.teacher, Dataset(Path(settings.data))
     if not name:
         return None
     model, arrays, vocab_size = open_arrays(name, cache_dir, dtype_of(settings))
-    if not isinstance(model, Model) or facts.kind != "text":
+    if not isinstance(model, Model) or data.facts.kind != "text":
         raise ConfigError(f"what {name} could teach of {settings.data} is not text: leave it out")
+    _compare(data, name, model, vocab_size)
+    return model, arrays
+
+
+def _compare(data: Dataset, name: str, model: Model | Classifier, vocab_size: int) -> None:
+    facts, most = data.facts, model.config.max_context
     if vocab_size != facts.vocab_size:
         raise ConfigError(
-            f"{settings.data} has a vocabulary of {facts.vocab_size}, {name} one of {vocab_size}: "
+            f"{data.folder} has a vocabulary of {facts.vocab_size}, {name} one of {vocab_size}: "
             f"prepare it with --tokenizer {name}"
         )
-    return model, arrays
+    if facts.context > most:  # an encoder would take its last position for all behind it
+        raise ConfigError(
+            f"{data.folder} has rows of {facts.context}, and {name} reads {most} tokens: prepare "
+            f"it with --context {most}"
+        )
 
 
 def open_arrays(

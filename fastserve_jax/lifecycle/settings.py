@@ -29,10 +29,17 @@ class Shape:
 
     def config(self, vocab_size: int, context: int) -> ModelConfig:
         """Raises ConfigError."""
+        sizes = (name for name in self.__slots__ if name not in ("rope_base", "tied_head"))
+        if few := [name for name in sizes if getattr(self, name) < 1]:
+            raise ConfigError(f"shape.{few[0]} is at least 1, not {getattr(self, few[0])}")
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"shape: {self.hidden_size} do not divide among {self.num_heads} heads, or these "
                 f"among {self.num_kv_heads} KV heads"
+            )
+        if self.hidden_size // self.num_heads % 2:
+            raise ConfigError(
+                f"shape: {self.hidden_size} by {self.num_heads} heads is odd: positions turn pairs"
             )
         return ModelConfig(
             family="llama",
@@ -89,6 +96,8 @@ class TrainSettings:
         for name in ("steps", "batch_rows", "accumulate", "log_every", "evaluate_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is at least 1, not {getattr(self, name)}")
+        if self.patience < 0:
+            raise ConfigError(f"patience is at least 0, not {self.patience}")
         if self.batch_rows % self.accumulate:
             raise ConfigError(f"{self.batch_rows} rows do not divide into {self.accumulate} parts")
         if self.lora.rank and not self.base:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fastserve_jax.errors import ConfigError, TrainingFailed
 from fastserve_jax.models.config import ModelConfig
@@ -33,7 +36,7 @@ from .lora import adapters, halves, merged
 from .losses import Classifier, Model
 from .pruning import pruned
 from .settings import TrainSettings
-from .steps import Steps, Told, Training, evaluation, make_mesh, place, place_batch
+from .steps import DATA, FSDP, Steps, Told, Training, evaluation, make_mesh, place, place_batch
 from .vocabulary import copy_vocabulary
 
 CURVES, MODEL, ADAPTER, CHECKPOINTS = "curves.jsonl", "model", "adapter", "checkpoints"
@@ -41,7 +44,7 @@ CURVES, MODEL, ADAPTER, CHECKPOINTS = "curves.jsonl", "model", "adapter", "check
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Of the curves. `loss` is nats for each token."""
+    """Of the curves. `loss` is nats for each token, or for each text that has a label."""
 
     step: int
     loss: float
@@ -64,6 +67,21 @@ class Trained:
 type Report = Callable[[Point], None]
 
 
+def checked(settings: TrainSettings) -> tuple[Dataset, Mesh, Path]:
+    """What a run needs that can be said before a model is opened; the path is of what it will have
+    made. Raises ConfigError, DataError."""
+    settings.check()
+    data, asked = Dataset(Path(settings.data)), settings.mesh
+    mesh = make_mesh(jax.devices(), asked.data, asked.fsdp, asked.tensor)
+    rows, among = settings.batch_rows // settings.accumulate, mesh.shape[DATA] * mesh.shape[FSDP]
+    if rows % among:
+        raise ConfigError(f"{rows} rows at a time do not divide among {among} devices: batch_rows")
+    made = Path(settings.out) / (MODEL if settings.lora.merge else ADAPTER)
+    if made.exists():
+        raise ConfigError(f"{made} is there already: take another `out`, or delete it")
+    return data, mesh, made
+
+
 def train(
     settings: TrainSettings,
     report: Report = lambda _: None,
@@ -73,13 +91,8 @@ def train(
 ) -> Trained:
     """`base` is what is trained, and the arrays to go on from; `teacher` what it learns from beside
     text. Raises OperatorErrors: ConfigError, DataError, TrainingFailed."""
-    settings.check()
-    data, out = Dataset(Path(settings.data)), Path(settings.out)
-    mesh = make_mesh(jax.devices(), settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
-    lora = settings.lora
-    made = out / (MODEL if lora.merge else ADAPTER)
-    if made.exists():
-        raise ConfigError(f"{made} is there already: take another `out`, or delete it")
+    data, mesh, made = checked(settings)
+    out, lora = Path(settings.out), settings.lora
     model, begin = base or _new(settings, data)
     arrays = place(begin, mesh)
     params, frozen = arrays, {"base": {}, "teacher": place(teacher[1], mesh) if teacher else {}}
@@ -105,12 +118,11 @@ def train(
     now = steps.begin(params)
     out.mkdir(parents=True, exist_ok=True)
     with Checkpoints(out / CHECKPOINTS, settings.keep, say) as kept:
-        loop = _Loop(
-            settings, data, mesh, steps, frozen, evaluation(loss), kept, out / CURVES, report
-        )
+        loop = _Loop(settings, data, mesh, steps, frozen, evaluation(loss), kept, out, report)
         done, best = loop.run(now, say)
     with Checkpoints(out / CHECKPOINTS, settings.keep, say) as kept:
-        found = kept.best(done)
+        last = int(done.step)
+        found = kept.best(done, last)
     assert found is not None, "the last step is kept"
     step, state, _ = found
     params = Training(*state).params
@@ -119,7 +131,7 @@ def train(
     else:
         trained = halves(jax.device_get(params))
         write_adapter(made, _of_decoder(model.config), trained, lora.alpha, settings.base)
-    return Trained(int(done.step), step, best, made)
+    return Trained(last, step, best, made)
 
 
 def _of_decoder(config: ModelConfig | EncoderConfig) -> ModelConfig:
@@ -167,7 +179,7 @@ class _Loop:
     frozen: dict[str, Any]
     evaluate: Callable[[Any, Any, Any], Told]
     kept: Checkpoints
-    curves: Path
+    out: Path
     report: Report
 
     def run(self, now: Training, say: Callable[[str], None]) -> tuple[Training, float]:
@@ -175,12 +187,16 @@ class _Loop:
         settings = self.settings
         batches = self.data.batches(TRAIN, settings.batch_rows, settings.seed)
         best, worse, first = math.inf, 0, 0
+        made_of = {"data": self.data.facts.fingerprint} | {
+            name: getattr(settings, name) for name in ("base", "batch_rows", "seed")
+        }
         if (found := self.kept.newest(now)) is not None:
             first, now, stood = found[0], Training(*found[1]), found[2]
+            self._compare(stood.get("of", {}), made_of)
             batches.set_state(stood["batches"])
             best, worse = stood["best"], stood["worse"]
             say(f"goes on after step {first}")
-            self._cut(first)
+        self._cut(first)
         step_of = self.steps.compiled()
         rate = optimiser.schedule(settings.optimiser, settings.steps)
         sums, began = _Sums(), time.perf_counter()
@@ -193,15 +209,16 @@ class _Loop:
             if not (is_due or number % settings.log_every == 0):
                 continue
             point = sums.point(number, float(rate(number - 1)), time.perf_counter() - began)
-            if not math.isfinite(point.loss) or not math.isfinite(point.gradient):
-                raise TrainingFailed(self._lost(number, point))
+            point = self._measured(now, point) if is_due else point
+            valid = point.loss if point.valid_loss is None else point.valid_loss
+            if not all(map(math.isfinite, (point.loss, point.gradient, valid))):
+                raise TrainingFailed(self._lost(number, point, valid))
             if is_due:
-                point = self._measured(now, point)
-                valid = point.loss if point.valid_loss is None else point.valid_loss
                 valid += settings.prune.unfinished(number, settings.steps)
                 worse = 0 if valid < best else worse + 1
                 best = min(best, valid)
                 stood = {"batches": batches.get_state(), "best": best, "worse": worse}
+                stood["of"] = made_of
                 self.kept.save(number, now, stood, valid)
             self._tell(point)
             sums, began = _Sums(), time.perf_counter()
@@ -225,24 +242,34 @@ class _Loop:
         loss, accuracy = sums.means()
         return Point(**asdict(point) | {"valid_loss": loss, "valid_accuracy": accuracy})
 
-    def _lost(self, number: int, point: Point) -> str:
+    def _compare(self, was: dict[str, Any], now: dict[str, Any]) -> None:
+        for name, value in now.items():
+            if was.get(name, value) != value:
+                raise ConfigError(
+                    f"{self.out} was begun with {name} {was[name]!r}, not {value!r}: take another "
+                    "`out`, or delete it"
+                )
+
+    def _lost(self, number: int, point: Point, valid: float) -> str:
         return (
-            f"at step {number} the loss is {point.loss:.3g} and the gradient {point.gradient:.3g}: "
+            f"at step {number} the loss is {point.loss:.3g}, of held-out text {valid:.3g}, and the "
+            f"gradient {point.gradient:.3g}: "
             f"take a smaller learning rate than {self.settings.optimiser.learning_rate:g}, or a "
             f"longer warm-up; checkpoints in {self.kept.folder} are of the steps before"
         )
 
     def _tell(self, point: Point) -> None:
-        with self.curves.open("a") as file:
+        with (self.out / CURVES).open("a") as file:
             file.write(json.dumps(asdict(point)) + "\n")
         self.report(point)
 
     def _cut(self, step: int) -> None:
         """What was written of steps that are done once more."""
-        if self.curves.exists():
-            lines = [line for line in self.curves.read_text().splitlines() if line.strip()]
-            known = [line for line in lines if json.loads(line)["step"] <= step]
-            self.curves.write_text("".join(f"{line}\n" for line in known))
+        if (self.out / CURVES).exists():
+            known = [asdict(point) for point in points(self.out) if point.step <= step]
+            whole = self.out / f".{CURVES}"
+            whole.write_text("".join(f"{json.dumps(point)}\n" for point in known))
+            whole.replace(self.out / CURVES)
 
 
 def _padded(array: Any, rows: int, says: bool) -> Any:
@@ -271,14 +298,16 @@ class _Sums:
 
 
 def points(folder: Path) -> Iterator[Point]:
-    """Of a run's curves."""
+    """Of a run's curves. A line that was not written to its end is none."""
     for line in (folder / CURVES).read_text().splitlines():
-        yield Point(**json.loads(line))
+        with suppress(ValueError):
+            yield Point(**json.loads(line))
 
 
 def _finish(folder: Path, config: ModelConfig | EncoderConfig, params: Any, data: Dataset) -> None:
-    copy_vocabulary(data.folder / TOKENIZER, folder.with_name(".tokenizer"))
-    write_model(folder, config, {n: a.astype(jnp.bfloat16) for n, a in params.items()})
-    for file in folder.with_name(".tokenizer").iterdir():
-        file.rename(folder / file.name)
-    folder.with_name(".tokenizer").rmdir()
+    """The folder is there with all that serves it, or not at all."""
+    writing = folder.with_name(f".{folder.name}")
+    shutil.rmtree(writing, ignore_errors=True)  # of one that was killed here
+    write_model(writing, config, {n: a.astype(jnp.bfloat16) for n, a in params.items()})
+    copy_vocabulary(data.folder / TOKENIZER, writing)
+    writing.rename(folder)

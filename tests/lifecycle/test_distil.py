@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fastserve_jax.errors import ConfigError
+from fastserve_jax.lifecycle import origin
 from fastserve_jax.lifecycle.distil import Distil, distilled
 from fastserve_jax.lifecycle.losses import Model
 from fastserve_jax.lifecycle.origin import open_teacher
@@ -66,10 +67,14 @@ def test_training_goes_towards_the_teacher_and_is_measured_by_the_text(tmp_path)
     assert curve[-1].valid_loss > 5  # a teacher that knows nothing teaches nothing of the text
 
 
-def test_a_teacher_of_another_vocabulary_is_named(tmp_path):
+def test_a_teacher_of_another_vocabulary_or_of_less_context_is_named(tmp_path, monkeypatch):
     data = runs.data(tmp_path)
     asked = runs.settings(data, tmp_path / "run", **{"distil.teacher": "tiny"})
     with pytest.raises(ConfigError, match="a vocabulary of 300, tiny one of 1024"):
+        open_teacher(asked, tmp_path)
+    short = Model(tiny.config(vocab_size=300, max_context=32)), {}, 300
+    monkeypatch.setattr(origin, "open_arrays", lambda *_: short)
+    with pytest.raises(ConfigError, match="rows of 48, and tiny reads 32 tokens: prepare it with"):
         open_teacher(asked, tmp_path)
     assert open_teacher(runs.settings(data, tmp_path / "run"), tmp_path) is None
     with pytest.raises(ConfigError, match="temperature is more than 0"):

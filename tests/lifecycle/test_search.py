@@ -11,6 +11,8 @@ from fastserve_jax.lifecycle.train import Point, Trained
 
 SPACE = {"optimiser.learning_rate": Range(1e-5, 1e-1, log=True), "batch_rows": [8, 16, 32]}
 
+GRID = {"batch_rows": [8, 16, 32]}
+
 
 def point(step, valid_loss):
     return Point(step, valid_loss, 0.0, 0.0, 0.0, 0.0, valid_loss, 0.0)
@@ -19,12 +21,15 @@ def point(step, valid_loss):
 class Trainer:
     """A loss that is least at a rate of .003 and 16 rows."""
 
-    def __init__(self, fails=()):
-        self.runs, self.fails, self.given_up = [], fails, 0
+    def __init__(self, fails=(), stops=None):
+        self.runs, self.fails, self.stops, self.given_up = [], fails, stops, 0
 
     def __call__(self, chosen, folder, report):
         self.runs.append(dict(chosen))
         assert not folder.exists()
+        (folder / "checkpoints").mkdir(parents=True)
+        if len(self.runs) - 1 == self.stops:
+            raise KeyboardInterrupt
         if len(self.runs) - 1 in self.fails:
             raise TrainingFailed("no number")
         rate = chosen.get("optimiser.learning_rate", 0.003)
@@ -54,17 +59,40 @@ def test_the_best_is_near_the_least(tmp_path, method):
 def test_a_grid_is_gone_through(tmp_path):
     trainer = Trainer()
     settings = TrainSettings(out=str(tmp_path / "s"))
-    best = search(Search("grid", 20, {"batch_rows": [8, 16, 32]}), settings, trainer, lambda _: 0)
+    best = search(Search("grid", 20, GRID), settings, trainer, lambda _: 0)
     assert sorted(run["batch_rows"] for run in trainer.runs) == [8, 16, 32]
     assert best.settings == {"batch_rows": 16}
 
 
-def test_it_goes_on_where_it_was(tmp_path):
+@pytest.mark.parametrize("method", ["bayesian", "random"])
+def test_it_goes_on_where_it_was_with_other_numbers(tmp_path, method):
     settings = TrainSettings(out=str(tmp_path / "s"))
     first, second = Trainer(), Trainer()
-    search(Search("random", 5, SPACE), settings, first, lambda _: 0)
-    search(Search("random", 12, SPACE), settings, second, lambda _: 0)
+    search(Search(method, 5, SPACE), settings, first, lambda _: 0)
+    search(Search(method, 12, SPACE), settings, second, lambda _: 0)
     assert (len(first.runs), len(second.runs)) == (5, 7)
+    assert not any(run in first.runs for run in second.runs)
+    with pytest.raises(ConfigError, match=r"of another search\.space"):
+        search(Search(method, 13, {"batch_rows": [8]}), settings, second, lambda _: 0)
+
+
+def test_what_a_person_stops_is_no_trial(tmp_path):
+    settings, asked = TrainSettings(out=str(tmp_path / "s")), Search("grid", 20, GRID)
+    first, second, third = Trainer(stops=1), Trainer(), Trainer()
+    with pytest.raises(KeyboardInterrupt):
+        search(asked, settings, first, lambda _: 0)
+    assert search(asked, settings, second, lambda _: 0).settings == {"batch_rows": 16}
+    ended = [run["batch_rows"] for run in (first.runs[0], *second.runs)]
+    assert sorted(ended) == [8, 16, 32]
+    assert search(asked, settings, third, lambda _: 0).settings == {"batch_rows": 16}
+    assert not third.runs
+    assert not list((tmp_path / "s").glob("*/checkpoints"))
+
+
+def test_whole_numbers_are_drawn_between_whole_ends(tmp_path):
+    trainer, space = Trainer(), {"batch_rows": Range(8, 32)}
+    search(Search("random", 3, space), TrainSettings(out=str(tmp_path / "s")), trainer, id)
+    assert all(isinstance(run["batch_rows"], int) for run in trainer.runs)
 
 
 def test_a_trial_that_fails_is_no_end(tmp_path):
@@ -84,6 +112,9 @@ def test_a_trial_that_fails_is_no_end(tmp_path):
         (Search("magic", 3, SPACE), "no method magic: there are bayesian, random, grid"),
         (Search("random", 3, {}), "space is empty"),
         (Search("grid", 3, SPACE), "no ranges"),
+        (Search("random", 3, {"seed": []}), "seed has nothing to try"),
+        (Search("random", 3, {"seed": Range(2, 1)}), "low below high"),
+        (Search("random", 3, {"seed": Range(0, 1, log=True)}), "above 0 where it is log"),
     ],
 )
 def test_searches_that_cannot_be(tmp_path, what, reason):

@@ -1,6 +1,7 @@
 """Training: what it learns, that it is the same however it is split up or interrupted, and what is
 left when something goes wrong."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,6 +18,8 @@ import pytest
 from fastserve_jax.errors import ConfigError, TrainingFailed
 from fastserve_jax.lifecycle import train as module
 from fastserve_jax.lifecycle.checkpoints import Checkpoints
+from fastserve_jax.lifecycle.commands import run_train
+from fastserve_jax.lifecycle.lora import Lora, adapters
 from fastserve_jax.lifecycle.origin import open_arrays
 from fastserve_jax.lifecycle.steps import Steps
 from fastserve_jax.lifecycle.train import points, train
@@ -78,7 +82,7 @@ def test_it_learns_and_what_is_kept_is_what_was_best(whole):
     assert arrays(out)["embed.weight"].shape == (300, 32)
 
 
-@pytest.mark.parametrize("stop_at", [4, 7])
+@pytest.mark.parametrize("stop_at", [2, 7])
 def test_interrupted_it_goes_on_to_the_bit(data, whole, tmp_path, stop_at):
     out = tmp_path / "cut"
     real = Steps.compiled
@@ -101,9 +105,14 @@ def test_interrupted_it_goes_on_to_the_bit(data, whole, tmp_path, stop_at):
         patch.setattr(Steps, "compiled", failing)
         with pytest.raises(Stopped):
             train(runs.settings(data, out))
+    with (out / "curves.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    if stop_at == 7:
+        with pytest.raises(ConfigError, match="was begun with seed 0, not 1: take another"):
+            train(runs.settings(data, out, seed=1))
     said = []
     train(runs.settings(data, out), say=said.append)
-    assert said == ["goes on after step 4"]
+    assert said == ["goes on after step 4"][: stop_at // 4]
     assert runs.losses(out) == runs.losses(whole[0])
     found, wanted = arrays(out), arrays(whole[0])
     assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
@@ -212,6 +221,62 @@ def test_a_loss_that_is_no_number_ends_it_and_what_was_good_is_kept(data, tmp_pa
         assert kept._manager.all_steps() == [4]
 
 
+def test_held_out_text_that_is_no_number_ends_it_too(data, tmp_path, monkeypatch):
+    def measured(self, now, point):
+        return dataclasses.replace(point, valid_loss=float("nan"))
+
+    monkeypatch.setattr(module._Loop, "_measured", measured)
+    with pytest.raises(TrainingFailed, match="of held-out text nan"):
+        train(runs.settings(data, tmp_path / "run", evaluate_every=1))
+
+
+def test_the_newest_checkpoints_stay_and_the_best(tmp_path):
+    now = {"a": jax.numpy.zeros(3)}
+    with Checkpoints(tmp_path, 2) as kept:
+        for step, loss in enumerate((0.3, 0.1, 0.3, 0.4, 0.5), 1):
+            kept.save(step, now, {"at": step}, loss)
+    with Checkpoints(tmp_path, 2) as kept:
+        assert kept._manager.all_steps() == [2, 4, 5]
+        assert kept.best(now, 2) == (2, now, {})
+        step, after, stood = kept.newest(now)
+        assert (step, stood) == (5, {"at": 5})
+        assert now["a"].is_deleted()
+        assert kept.best(after, 5)[0] == 2
+
+
+def test_a_model_is_there_with_its_vocabulary_or_not_at_all(data, tmp_path):
+    asked = runs.settings(data, tmp_path / "run", steps=1, name="it")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(module, "copy_vocabulary", full)
+        with pytest.raises(TrainingFailed, match=r"cannot be written: .* No space left"):
+            run_train(asked, tmp_path)
+    assert not (tmp_path / "run" / "model").exists()
+    run_train(asked, tmp_path)
+    assert (tmp_path / "run" / "model" / "tokenizer.json").exists()
+    assert Registry(tmp_path / "registry").find("it") is not None
+    with pytest.raises(ConfigError, match="is there already"):
+        run_train(dataclasses.replace(asked, base="never opened"), tmp_path)
+
+
+def test_what_is_trained_is_no_array_of_its_base():
+    base = {
+        name: jax.numpy.zeros((4, 4)) for name in ("classifier.weight", "layers.0.mlp.up.weight")
+    }
+    assert adapters(base, Lora(2), 0)["classifier.weight"] is not base["classifier.weight"]
+
+
+def test_rows_that_do_not_divide_among_devices_are_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        module, "make_mesh", lambda *_: SimpleNamespace(shape={"data": 3, "fsdp": 2})
+    )
+    with pytest.raises(ConfigError, match="8 rows at a time do not divide among 6 devices"):
+        module.checked(runs.settings(data, tmp_path / "run"))
+
+
 def test_a_damaged_checkpoint_is_passed_over(data, tmp_path):
     out, said = tmp_path / "run", []
     train(runs.settings(data, out))
@@ -267,6 +332,12 @@ def test_a_full_disk_is_said_and_what_was_good_is_kept(data, tmp_path, monkeypat
         ({"dtype": "f16"}, "dtype is one of auto, f32, bf16"),
         ({"lora.rank": 2}, "name its base"),
         ({"lora.merge": False}, "name a lora.rank"),
+        ({"patience": -1}, "patience is at least 0"),
+        ({"optimiser.clip": -1.0}, r"optimiser\.clip is at least 0"),
+        ({"optimiser.warmup_steps": -1}, r"optimiser\.warmup_steps is at least 0"),
+        ({"lora.rank": -1, "base": "it"}, r"lora\.rank is at least 0"),
+        ({"shape.num_heads": 0}, r"shape\.num_heads is at least 1"),
+        ({"shape.hidden_size": 36}, "36 by 4 heads is odd"),
         ({"shape.num_heads": 3}, "do not divide among 3 heads"),
         ({"mesh.fsdp": 3}, "does not make"),
         ({"optimiser.schedule": "stairs"}, "no schedule stairs: there are cosine"),
