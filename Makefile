@@ -35,7 +35,7 @@ serve: install
 	$(BIN)/fastserve serve $(MODEL) --port $(PORT)
 
 test: .venv/installed-dev  # whose programs are compiled for longer than they run
-	XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 aot: .venv-aot/installed  # apart: with these installed, jax looks for chips at every start
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -n 2 -o faulthandler_timeout=1800 \

@@ -183,12 +183,15 @@ def _array(file: IO[str], where: str) -> Iterator[Document]:
 
 
 def _table(file: IO[str], where: str) -> Iterator[Document]:
-    csv.field_size_limit(_MOST_CHARACTERS)
-    for number, row in enumerate(csv.DictReader(file), 2):
-        try:
-            yield _of_fields({key: value or "" for key, value in row.items() if key})
-        except ValueError as error:
-            raise DataError(f"{where}:{number}: {error}") from error
+    was = csv.field_size_limit(_MOST_CHARACTERS)  # of the whole process
+    try:
+        for number, row in enumerate(csv.DictReader(file), 2):
+            try:
+                yield _of_fields({key: value or "" for key, value in row.items() if key})
+            except ValueError as error:
+                raise DataError(f"{where}:{number}: {error}") from error
+    finally:
+        csv.field_size_limit(was)
 
 
 def _of_fields(found: Any) -> Document:

@@ -152,7 +152,7 @@ def test_in_bf16_it_learns_as_well(data, tmp_path):
     last = {}
     for dtype in ("f32", "bf16"):
         changes = {"steps": 200, "evaluate_every": 200, "dtype": dtype, "log_every": 50}
-        changes |= {"optimiser.learning_rate": 3e-3}
+        changes |= {"optimiser.learning_rate": 3e-3, "batch_rows": 4}
         train(runs.settings(data, tmp_path / dtype, **changes))
         last[dtype] = runs.losses(tmp_path / dtype)[-1]
     assert last["bf16"] == pytest.approx(last["f32"], rel=0.01)

@@ -20,8 +20,12 @@ DENSE = ("llama", "qwen2", "qwen3", "gemma3", "gpt2")
 FAMILIES = (*DENSE, *synthetic.WITH_EXPERTS)
 GREEDY = [number % 3 for number in range(1, 13)]  # of on_devices.requests
 SOME = ("llama", "mixtral")
+LIKE_OTHERS = pytest.mark.skipif(
+    "not config.getoption('-m')", reason="its like is among the rest: make aot runs it, too"
+)
+TWO_PARTS = "two parts"
 MESHES = {  # devices, the mesh, and who is tried on it
-    "two parts": (2, {"model": 2}, SOME),
+    TWO_PARTS: (2, {"model": 2}, SOME),
     "two replicas of two parts": (4, {"data": 2, "model": 2}, SOME),
     "four parts, a KV head on two": (4, {"model": 4}, FAMILIES),
     "two groups of experts in two parts": (4, {"expert": 2, "model": 2}, synthetic.WITH_EXPERTS),
@@ -125,7 +129,14 @@ def test_two_replicas_as_one_device(replicas, alone):
         assert greedy(line) == greedy(alone[family]), family
 
 
-@pytest.mark.parametrize("name", MESHES)
+def like_others(*given, name):
+    return pytest.param(*given, id=name, marks=[LIKE_OTHERS, pytest.mark.aot])
+
+
+RUNS = [like_others(n, name=n) if n == TWO_PARTS else n for n in MESHES]
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_on_several_devices_as_on_one(models, cache, replicas, name):
     devices, mesh, families = MESHES[name]
     some = {family: models[family] for family in families}
@@ -135,19 +146,17 @@ def test_on_several_devices_as_on_one(models, cache, replicas, name):
         assert line["tokens"] == replicas[family]["tokens"], family
 
 
-SEVERAL = ("llama", "gemma3", "mixtral")
-REST = tuple(family for family in FAMILIES if family not in SEVERAL)
-LIKE_OTHERS = pytest.mark.skipif(
-    "not config.getoption('-m')", reason="their like is among the rest: make aot runs them, too"
-)
+TWO = ("gemma3", "mixtral")
+REST = tuple(family for family in FAMILIES if family not in TWO)
 
 
 @pytest.mark.parametrize(
     ("mesh", "families"),
     [
-        pytest.param({"model": 4}, SEVERAL, id="parts"),
-        pytest.param({"model": 4}, REST, id="rest", marks=[LIKE_OTHERS, pytest.mark.aot]),
-        pytest.param({"data": 2, "model": 2}, SOME, id="replicas"),
+        pytest.param({"model": 4}, TWO, id="parts"),
+        pytest.param({"data": 2, "model": 2}, SOME[:1], id="replicas"),
+        like_others({"model": 4}, REST, name="parts of the rest"),
+        like_others({"data": 2, "model": 2}, SOME[1:], name="replicas with experts"),
     ],
 )
 def test_on_two_hosts_as_on_one(models, cache, replicas, mesh, families):
