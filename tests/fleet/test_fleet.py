@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import aiohttp
 import pytest
 
-from tests.serve.test_hosts import free_port
+from tests.ports import free_port
 
 STREAMS = 32
 MOST_S = 120.0  # until a killed replica serves again: most of it is its start

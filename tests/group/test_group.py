@@ -18,6 +18,7 @@ from fastserve_jax.group.follower import Follower
 from fastserve_jax.group.leader import Leader
 from fastserve_jax.group.membership import Membership
 from fastserve_jax.group.tokens import EVERY
+from tests.ports import free_port
 
 FACTS = {"model": "llama", "mesh": "{'model': 4}"}
 LIMITS = Limits(num_pages=100, host_pages=50)
@@ -56,8 +57,7 @@ class Member(threading.Thread):
 
 class Group:
     def __init__(self, followers=2):
-        with closing(socket.create_server(("127.0.0.1", 0))) as free:
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.address = f"127.0.0.1:{free_port()}"
         self.num_hosts = followers + 1
         self.lost, self.leaving = [], []
         own = Membership(self.num_hosts, 0, self.address)

@@ -3,10 +3,9 @@ preemption, swapping and steps that overlap."""
 
 import json
 import os
-import socket
 import subprocess
 import sys
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from itertools import compress
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 
 from fastserve_jax.weights.load import open_gguf
 from fastserve_jax.weights.orbax import write_model
+from tests.ports import free_port
 from tests.weights import synthetic
 
 DENSE = ("llama", "qwen2", "qwen3", "gemma3", "gpt2")
@@ -23,9 +23,8 @@ SOME = ("llama", "mixtral")
 LIKE_OTHERS = pytest.mark.skipif(
     "not config.getoption('-m')", reason="its like is among the rest: make aot runs it, too"
 )
-TWO_PARTS = "two parts"
 MESHES = {  # devices, the mesh, and who is tried on it
-    TWO_PARTS: (2, {"model": 2}, SOME),
+    "two parts": (2, {"model": 2}, SOME),
     "two replicas of two parts": (4, {"data": 2, "model": 2}, SOME),
     "four parts, a KV head on two": (4, {"model": 4}, FAMILIES),
     "two groups of experts in two parts": (4, {"expert": 2, "model": 2}, synthetic.WITH_EXPERTS),
@@ -133,7 +132,8 @@ def like_others(*given, name):
     return pytest.param(*given, id=name, marks=[LIKE_OTHERS, pytest.mark.aot])
 
 
-RUNS = [like_others(n, name=n) if n == TWO_PARTS else n for n in MESHES]
+SELDOM = ("two parts", "four groups of experts")
+RUNS = [like_others(name, name=name) if name in SELDOM else name for name in MESHES]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -162,8 +162,7 @@ REST = tuple(family for family in FAMILIES if family not in TWO)
 def test_on_two_hosts_as_on_one(models, cache, replicas, mesh, families):
     """Parts on both hosts; and each host a replica, whose tokens the other must be told."""
     some = {family: models[family] for family in families}
-    with closing(socket.create_server(("127.0.0.1", 0))) as free:
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    coordinator = f"127.0.0.1:{free_port()}"
     sets = meshed(2, mesh)
     with (
         started(some, cache, sets, (2, 0, coordinator)) as leader,

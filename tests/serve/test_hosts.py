@@ -5,18 +5,18 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 
 import aiohttp
 import pytest
 
 from fastserve_jax.errors import GroupLost
+from tests.ports import free_port
 
 MOST_S = 20.0  # from a loss to the end of every host
 STREAMS = 32
@@ -31,11 +31,6 @@ class Host:
     @property
     def said(self):
         return self._log.read_text()
-
-
-def free_port():
-    with closing(socket.create_server(("127.0.0.1", 0))) as free:
-        return free.getsockname()[1]
 
 
 @contextmanager

@@ -2,15 +2,14 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-from contextlib import closing
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from tests.ports import free_port
 from tests.serve.loading import HOSTS
 from tests.weights import synthetic
 
@@ -56,8 +55,7 @@ def folder(tmp_path_factory):
 
 
 def test_no_host_holds_more_than_its_part_and_what_reading_takes(folder):
-    with closing(socket.create_server(("127.0.0.1", 0))) as free:
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    coordinator = f"127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "tests.serve.loading", str(folder)]
     hosts = [
         subprocess.Popen(
