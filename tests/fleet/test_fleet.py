@@ -18,7 +18,7 @@ import pytest
 
 from tests.ports import free_port
 
-STREAMS = 32
+STREAMS, BEGUN = 32, 14  # of 16 slots
 MOST_S = 120.0  # until a killed replica serves again: most of it is its start
 SETS = ("model.dtype=f32", "engine.max_slots=8", "engine.max_context=256")
 SETS += ("engine.step_tokens=16", "engine.speculate=off", "mesh.cpu_devices=1")  # fewer programs
@@ -85,17 +85,25 @@ def started(model, folder, cache, *flags):
 
 
 async def streams(url, happens):
-    """What each of many streams came to, while `happens` in their middle."""
+    """What each of many streams came to, while `happens` in their middle: when nearly all slots of
+    both replicas are taken."""
+    begun, middle = set(), asyncio.Event()
 
     async def one(session, number):
         body = {"prompt": f"One day {number}", "max_tokens": 240, "stream": True}
         body["logit_bias"] = {"1": -100, "2": -100}
+        lines = []
         async with session.post(f"{url}/v1/completions", json=body) as answer:
-            return answer.status, [line async for line in answer.content if line.strip()]
+            async for line in answer.content:
+                lines += [line] if line.strip() else []
+                begun.add(number)
+                if len(begun) >= BEGUN:
+                    middle.set()
+            return answer.status, lines
 
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(120)) as session:
         tasks = [asyncio.create_task(one(session, number)) for number in range(STREAMS)]
-        await asyncio.sleep(0.5)
+        await middle.wait()
         happens()
         return await asyncio.gather(*tasks)
 
