@@ -114,7 +114,9 @@ class Checkpoint:
         import orbax.checkpoint as ocp
 
         try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
+            # Its own choice asks what devices there are, which hosts must not before they have met.
+            handler = ocp.PyTreeCheckpointHandler(enable_pinned_host_transfer=False)
+            with ocp.Checkpointer(handler) as checkpointer:
                 found = checkpointer.metadata((self.path / PARAMETERS).absolute())
             tree = dict(found.item_metadata.tree)
             self.tensors = {name: tuple(of.shape) for name, of in tree.items()}
