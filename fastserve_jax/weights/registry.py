@@ -85,7 +85,8 @@ class Registry:
             made = Path(writing) / "model"
             shutil.copytree(model, made)
             # Of folders, also those that cannot be read.
-            number = 1 + max((int(path.name) for path in own.glob("[0-9]*")), default=0)
+            numbers = (int(path.name) for path in own.iterdir() if path.name.isdecimal())
+            number = 1 + max(numbers, default=0)
             facts = (parent, data, dict(settings or {}), dict(metrics or {}))
             version = Version(name, number, _now(), how, *facts)
             (made / VERSION).write_bytes(msgspec.json.format(msgspec.json.encode(version)))

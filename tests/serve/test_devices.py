@@ -155,8 +155,9 @@ REST = tuple(family for family in FAMILIES if family not in TWO)
     [
         pytest.param({"model": 4}, TWO, id="parts"),
         # Our own folder first: hosts meet before any of them asks what devices there are.
-        pytest.param({"data": 2, "model": 2}, SOME[::-1], id="replicas"),
+        pytest.param({"data": 2, "model": 2}, SOME[1:], id="replicas"),
         like_others({"model": 4}, REST, name="parts of the rest"),
+        like_others({"data": 2, "model": 2}, SOME[:1], name="replicas without experts"),
     ],
 )
 def test_on_two_hosts_as_on_one(models, cache, replicas, mesh, families):
