@@ -158,6 +158,7 @@ models = App(name="models", help="What can be served: the catalogue, and version
 
 
 @models.default
+@models.command(name="list")
 def list_models() -> None:
     """List the catalogue, what of it is here already, and what is registered."""
     from fastserve_jax.lifecycle.shown import show_models

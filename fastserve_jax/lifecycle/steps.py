@@ -29,6 +29,7 @@ _BY_OUTPUT = ("qkv.weight", "gate_up.weight", "up.weight", "embed.weight", "head
 _BY_INPUT = ("attn.out.weight", "mlp.down.weight")
 
 type LossOf = Callable[[Arrays, Arrays, Arrays], Loss]
+type StepOf = Callable[[Training, Arrays, Arrays], tuple[Training, Told]]
 
 
 class Training(NamedTuple):
@@ -99,13 +100,23 @@ class Steps:
     loss: LossOf
     optimiser: optax.GradientTransformation
 
-    def begin(self, params: dict[str, jax.Array]) -> Training:
-        """The optimiser's arrays lie as those they are for."""
-        moments = jax.jit(self.optimiser.init)(params)
-        return Training(jnp.int32(0), params, moments)
+    def begin(self, params: dict[str, jax.Array], mesh: Mesh) -> Training:
+        """The optimiser's arrays lie as those they are for; what is of none, on every device."""
+        everywhere = NamedSharding(mesh, Spec())  # type: ignore[no-untyped-call]
+        lie = optax.tree.map_params(
+            self.optimiser,
+            lambda _, param: param.sharding,
+            jax.eval_shape(self.optimiser.init, params),
+            params,
+            transform_non_params=lambda _: everywhere,
+        )
+        moments = jax.jit(self.optimiser.init, out_shardings=lie)(params)
+        return Training(jax.device_put(jnp.int32(0), everywhere), params, moments)
 
-    def compiled(self) -> Callable[[Training, Arrays, Arrays], tuple[Training, Told]]:
-        return jax.jit(self._step, donate_argnums=0)
+    def compiled(self, now: Training) -> StepOf:
+        """What it returns lies as `now`, so that one program does for every step."""
+        lie = jax.tree.map(lambda array: array.sharding, now)
+        return jax.jit(self._step, donate_argnums=0, out_shardings=(lie, None))
 
     def _step(self, now: Training, frozen: Arrays, batch: Arrays) -> tuple[Training, Told]:
         """Gradients of the mean over all that counts, however it is split up."""

@@ -115,7 +115,7 @@ def train(
 
     plain = optimiser.make(settings.optimiser, settings.steps)
     steps = Steps(taught if teacher else loss, pruned(plain, settings.prune, settings.steps))
-    now = steps.begin(params)
+    now = steps.begin(params, mesh)
     out.mkdir(parents=True, exist_ok=True)
     with Checkpoints(out / CHECKPOINTS, settings.keep, say) as kept:
         loop = _Loop(settings, data, mesh, steps, frozen, evaluation(loss), kept, out, report)
@@ -197,7 +197,7 @@ class _Loop:
             best, worse = stood["best"], stood["worse"]
             say(f"goes on after step {first}")
         self._cut(first)
-        step_of = self.steps.compiled()
+        step_of = self.steps.compiled(now)
         rate = optimiser.schedule(settings.optimiser, settings.steps)
         sums, began = _Sums(), time.perf_counter()
         for number in range(first + 1, settings.steps + 1):
@@ -208,7 +208,7 @@ class _Loop:
             is_due = is_last or number % settings.evaluate_every == 0
             if not (is_due or number % settings.log_every == 0):
                 continue
-            point = sums.point(number, float(rate(number - 1)), time.perf_counter() - began)
+            point = sums.point(number, float(rate(number - 1)), began)
             point = self._measured(now, point) if is_due else point
             valid = point.loss if point.valid_loss is None else point.valid_loss
             if not all(map(math.isfinite, (point.loss, point.gradient, valid))):
@@ -290,8 +290,9 @@ class _Sums:
         nats, tokens, right, _ = map(sum, zip(*jax.device_get(self._told), strict=True))
         return float(nats) / max(1, int(tokens)), float(right) / max(1, int(tokens))
 
-    def point(self, step: int, rate: float, elapsed_s: float) -> Point:
+    def point(self, step: int, rate: float, began: float) -> Point:
         loss, accuracy = self.means()
+        elapsed_s = time.perf_counter() - began  # the means waited for the device
         tokens = sum(int(told.tokens) for told in self._told)
         gradient = float(self._told[-1].gradient)
         return Point(step, loss, accuracy, rate, gradient, tokens / elapsed_s)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fastserve_jax.errors import ConfigError, ModelFileError
+from fastserve_jax.lifecycle.cli import models
 from fastserve_jax.lifecycle.shown import show_models, show_version
 from fastserve_jax.weights import registry as module
 from fastserve_jax.weights.load import open_model
@@ -91,7 +92,7 @@ def test_a_folder_that_is_no_model(registry, tmp_path):
         registry.add("a", tmp_path, "train")
 
 
-def test_a_version_is_opened_and_shown(registry, model, tmp_path, capsys):
+def test_a_version_is_opened_and_shown(registry, model, tmp_path, capsys, monkeypatch):
     registry.add("a", model, "train", parent="smollm2", metrics={"valid_loss": 1.25})
     registry.add("a", model, "compress", parent="a@1")
     assert open_model("a", tmp_path).name == "a@1"
@@ -100,6 +101,10 @@ def test_a_version_is_opened_and_shown(registry, model, tmp_path, capsys):
     show_models(tmp_path)
     told = capsys.readouterr().out
     assert "a@1" in told
+    monkeypatch.setattr("fastserve_jax.lifecycle.cli.cache_folder", lambda: tmp_path)
+    for words in ([], ["list"]):
+        models(words, result_action="return_value")
+        assert capsys.readouterr().out == told
     assert "1.250" in told
     show_version("a@2", tmp_path)
     assert "made of a@2 < a@1 < smollm2" in capsys.readouterr().out

@@ -90,8 +90,8 @@ def test_interrupted_it_goes_on_to_the_bit(data, whole, tmp_path, stop_at):
     class Stopped(Exception):
         pass
 
-    def failing(self):
-        step_of, done = real(self), []
+    def failing(self, now):
+        step_of, done = real(self, now), []
 
         def step(*given):
             done.append(0)
